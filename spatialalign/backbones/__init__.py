@@ -1,0 +1,26 @@
+"""Video generators behind one small protocol."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .wan import WanBackbone
+
+
+def load_backbone(name: str, device: str = "auto", dtype: str = "auto") -> WanBackbone:
+    """Load a Wan model by name.
+
+    Args:
+        name: ``"miniature"`` (the one shipped with this package), a diffusers ``WanPipeline`` folder, or a hub id.
+        device: ``"auto"`` (CUDA, then MPS, then CPU) or a torch device such as ``"cuda:1"``.
+        dtype: ``"auto"`` (bfloat16 on CUDA, float32 elsewhere), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+
+    Raises:
+        ModelError: when the folder lacks a part, or is not a text-to-video Wan model.
+    """
+    from .wan import WanBackbone
+
+    source = str(Path(__file__).parent.parent / "miniature" / "weights" / "wan") if name == "miniature" else name
+    return WanBackbone.from_pretrained(source, device=device, dtype=dtype, model_id=name)

@@ -1,0 +1,259 @@
+"""Pictures of tracks and scores, as uint8 RGB arrays: overlays, curves, contact sheets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .dsr import DSR
+from .errors import TracksError, VideoError
+from .files import atomic_path
+from .score import DsrScore
+from .tracks import Tracks
+from .video import check_frames
+
+if TYPE_CHECKING:
+    from PIL.ImageDraw import ImageDraw
+    from PIL.ImageFont import FreeTypeFont, ImageFont
+
+Image8 = NDArray[np.uint8]
+
+COLOURS = ((255, 126, 32), (38, 150, 255))
+"""RGB of the subject (orange) and the object (blue); told apart by colour-blind eyes too."""
+_INK, _PAPER, _GREY = (24, 26, 30), (250, 250, 248), (120, 124, 130)
+_PASSED, _FAILED = "#2e8b57", "#b8453a"
+
+
+def draw_tracks(frames: Image8, tracks: Tracks, min_side: int = 320, masks: bool = True) -> Image8:
+    """``frames`` (T, H, W, 3) with boxes, labels, confidences and (if there) masks, and a line of text below.
+
+    Clips whose shorter side is below ``min_side`` are enlarged by a whole factor with hard pixel edges, so that text
+    is readable and pixels stay pixels. Returns uint8 (T, H', W', 3) with even sides. Raises :class:`TracksError` when
+    tracks and frames are not of one clip.
+    """
+    check_frames(frames)
+    if len(frames) != tracks.frames:
+        raise TracksError(f"the clip has {len(frames)} frames, the tracks have {tracks.frames}")
+    height, width = frames.shape[1:3]
+    # A clip with odd sides gains a row or column when it is encoded; tracks of the array fit the file all the same.
+    if abs(height - tracks.size[0]) > 1 or abs(width - tracks.size[1]) > 1:
+        raise TracksError(f"the clip is {height} x {width} pixels, the tracks are for {tracks.size}")
+    scale = max(1, -(-min_side // min(height, width)))
+    return np.stack([_overlay(frames[i], tracks, i, scale, masks) for i in range(len(frames))])
+
+
+def _overlay(frame: Image8, tracks: Tracks, index: int, scale: int, masks: bool) -> Image8:
+    from PIL import Image, ImageDraw
+
+    shown = frame
+    if masks and tracks.masks is not None:
+        shown = frame.copy()
+        for thing, colour in enumerate(COLOURS):
+            mask = tracks.masks[index, thing][: frame.shape[0], : frame.shape[1]]
+            part = shown[: mask.shape[0], : mask.shape[1]]
+            part[mask] = (0.55 * part[mask] + 0.45 * np.array(colour)).astype(np.uint8)
+    big = shown.repeat(scale, axis=0).repeat(scale, axis=1)
+    height, width = big.shape[:2]
+    points = max(12, min(width, height) // 26)
+    font = _font(points)
+    strip = points + 10
+    canvas = Image.new("RGB", (width + width % 2, height + strip + (height + strip) % 2), _INK)
+    canvas.paste(Image.fromarray(big), (0, 0))
+    draw = ImageDraw.Draw(canvas)
+    line = max(2, min(width, height) // 160)
+    absent = []
+    for thing in (1, 0):
+        box = tracks.boxes[index, thing]
+        if np.isnan(box[0]):
+            absent.append(tracks.labels[thing])
+            continue
+        x0, y0, x1, y1 = (float(value) * scale for value in box)
+        # The box is exclusive: its last pixel is the one before the right and bottom edge.
+        corners = (x0, y0, max(x0, x1 - 1), max(y0, y1 - 1))
+        # A dark rim keeps an orange box visible on an orange cat.
+        rim = (corners[0] - 1, corners[1] - 1, corners[2] + 1, corners[3] + 1)
+        draw.rectangle(rim, outline=_INK, width=line + 2)
+        draw.rectangle(corners, outline=COLOURS[thing], width=line)
+        text = f"{tracks.labels[thing]} {tracks.confidence[index, thing]:.2f}"
+        _tag(draw, text, (x0, y0), (width, height), COLOURS[thing], font)
+    note = f"frame {index}/{tracks.frames - 1}   {index / tracks.fps:.2f} s"
+    draw.text((6, height + 3), note, fill=_PAPER, font=font)
+    if absent:
+        start = 6 + draw.textlength(note + "    ", font=font)
+        draw.text((start, height + 3), "absent: " + ", ".join(reversed(absent)), fill=(255, 196, 120), font=font)
+    return np.asarray(canvas)
+
+
+def _tag(
+    draw: ImageDraw,
+    text: str,
+    corner: tuple[float, float],
+    limits: tuple[int, int],
+    colour: tuple[int, int, int],
+    font: FreeTypeFont | ImageFont,
+) -> None:
+    """A filled label above the box's top left corner, or inside it where there is no room above."""
+    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+    wide, tall = right - left + 8, bottom - top + 6
+    x = min(max(0.0, corner[0]), max(0.0, limits[0] - wide))
+    y = corner[1] - tall if corner[1] >= tall else max(0.0, corner[1])
+    draw.rectangle((x, y, x + wide, y + tall), fill=colour)
+    draw.text((x + 4 - left, y + 3 - top), text, fill=_INK, font=font)
+
+
+def _font(points: int) -> FreeTypeFont | ImageFont:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(points)
+
+
+def plot_score(score: DsrScore, dsr: DSR, threshold: float = 0.7, size: tuple[int, int] = (960, 420)) -> Image8:
+    """Both SSR curves against the frame number, the windows shaded, and the scores beside them on a scale.
+
+    Frames that do not count are grey. The title says the type, the score and whether it passes ``threshold``, or why
+    the video is INVALID. ``size`` is width and height in pixels; returns uint8 (height, width, 3).
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(size[0] / 100, size[1] / 100), dpi=100, layout="constrained", facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    curves, scale = figure.subplots(1, 2, width_ratios=(8, 1.3))
+    _curves(curves, score, dsr)
+    _scale(scale, score, threshold)
+    figure.suptitle(_title(score, dsr, threshold), fontsize=11, x=0.01, ha="left")
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _curves(axes: Any, score: DsrScore, dsr: DSR) -> None:
+    used, last = score.frames_used, score.frames - 1
+    valid = np.zeros(score.frames, dtype=bool)
+    valid[used[used <= last]] = True
+    for number, (first, stop) in enumerate(_runs(~valid)):
+        axes.axvspan(first - 0.5, stop - 0.5, color="#e4e4e2", lw=0, label="not valid" if number == 0 else None)
+    if len(used):
+        for part, name in ((used[: score.limits.window], "windows"), (used[-score.limits.window :], None)):
+            axes.axvspan(part[0] - 0.5, part[-1] + 0.5, color="#f2d98b", alpha=0.75, lw=0, label=name)
+    axes.axhline(0, color="#888888", lw=0.8)
+    initial_name = f"initial: {dsr.initial.initial_phrase} the {dsr.object}"
+    final_name = f"final: {dsr.final.final_phrase} the {dsr.object}"
+    styles = ((score.initial_ssr, "#8a4fbf", initial_name), (score.final_ssr, "#12805c", final_name))
+    for values, colour, name in styles:
+        axes.plot(*_broken(used, values), color=colour, lw=1.8, label=name, marker=".", ms=4)
+    axes.set(xlim=(-0.5, max(last, 1) + 0.5), ylim=(-1.06, 1.06), xlabel="frame", ylabel="SSR")
+    axes.grid(axis="y", color="#dddddd", lw=0.6)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4, frameon=False, fontsize=9)
+
+
+def _scale(axes: Any, score: DsrScore, threshold: float) -> None:
+    robust = score.robust.score if score.robust is not None else None
+    axes.set(xlim=(-0.6, 1.6), ylim=(0, 1.0), xticks=(0, 1), yticks=(0, 0.25, 0.5, 0.75, 1))
+    axes.set_xticklabels(("paper", "robust"), fontsize=9)
+    axes.yaxis.tick_right()
+    for place, value in enumerate((score.score, robust)):
+        if value is None:
+            text = "INVALID" if place == 0 or score.robust is not None else "none"
+            axes.text(place, 0.03, text, rotation=90, ha="center", va="bottom", color=_FAILED, fontsize=9)
+        else:
+            axes.bar(place, value, width=0.7, color=_PASSED if value >= threshold else _FAILED, alpha=0.85)
+            above = value <= 0.9
+            axes.text(
+                place, value + (0.015 if above else -0.015), f"{value:.2f}", ha="center",
+                va="bottom" if above else "top", fontsize=9, color="black" if above else "white",
+            )  # fmt: skip
+    axes.axhline(threshold, color="black", lw=1, ls="--")
+    for side in ("top", "left"):
+        axes.spines[side].set_visible(False)
+
+
+def _title(score: DsrScore, dsr: DSR, threshold: float) -> str:
+    what = f"{score.type_code}  {dsr.subject} / {dsr.object}"
+    if score.score is None:
+        text = f"{what}:  INVALID, {score.reason}"
+    else:
+        verdict = "passes" if score.score >= threshold else "fails"
+        text = f"{what}:  DSR-Score {score.score:.3f} {verdict} {threshold:g}"
+        if score.robust is not None:
+            robust = score.robust
+            if robust.score is None:
+                text += f";  robust INVALID, {robust.reason}"
+            else:
+                text += f";  robust {robust.score:.3f} {'passes' if robust.passed else 'fails'}"
+    return text if len(text) <= 110 else text[:107] + "..."
+
+
+def _runs(flags: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """(first, stop) of every run of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], flags.astype(np.int8), [0]])))
+    return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+
+
+def _broken(frames: NDArray[np.int64], values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The curve with a NaN wherever frames are missing, so that no line is drawn across what was not seen."""
+    gaps = np.flatnonzero(np.diff(frames) > 1) + 1
+    return np.insert(frames.astype(np.float64), gaps, np.nan), np.insert(values, gaps, np.nan)
+
+
+def contact_sheet(clips: Sequence[tuple[str, Image8]], columns: int = 6, tile: int = 160) -> Image8:
+    """One picture of several clips: a row for each (caption, frames (T, H, W, 3)), ``columns`` frames evenly spaced.
+
+    First and last frame are always shown; ``tile`` is the width of one frame in pixels (tiny clips keep hard pixel
+    edges). Returns uint8 (H', W', 3).
+    """
+    from PIL import Image, ImageDraw
+
+    if not clips:
+        raise VideoError("a contact sheet needs at least one clip")
+    if columns < 1 or tile < 16:
+        raise VideoError(f"columns must be at least 1 and tile at least 16, found {columns} and {tile}")
+    for _, frames in clips:
+        check_frames(frames)
+    gap, font = 4, _font(14)
+    line = 20
+    heights = [max(1, round(tile * frames.shape[1] / frames.shape[2])) for _, frames in clips]
+    width = gap + columns * (tile + gap)
+    sheet = Image.new("RGB", (width, gap + sum(height + line + 2 * gap for height in heights)), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    y = gap
+    for (caption, frames), height in zip(clips, heights, strict=True):
+        draw.text((gap, y), _fitted(draw, caption, width - 2 * gap, font), fill=_INK, font=font)
+        y += line
+        small = frames.shape[2] <= tile
+        method = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+        shown = np.linspace(0, len(frames) - 1, columns).round().astype(int)
+        for column, i in enumerate(shown):
+            if column and i == shown[column - 1]:
+                continue
+            x = gap + column * (tile + gap)
+            sheet.paste(Image.fromarray(frames[i]).resize((tile, height), method), (x, y))
+            number = _font(11)
+            draw.rectangle((x, y, x + draw.textlength(str(i), font=number) + 5, y + 14), fill=_INK)
+            draw.text((x + 3, y + 1), str(i), fill=_PAPER, font=number)
+        y += height + 2 * gap
+    return np.asarray(sheet)
+
+
+def _fitted(draw: ImageDraw, text: str, room: int, font: FreeTypeFont | ImageFont) -> str:
+    text = " ".join(text.split())
+    if draw.textlength(text, font=font) <= room:
+        return text
+    while text and draw.textlength(text + "...", font=font) > room:
+        text = text[:-1]
+    return text + "..."
+
+
+def save_png(path: str | Path, image: Image8) -> None:
+    """Write a uint8 picture (H, W, 3) as PNG, whole or not at all."""
+    from PIL import Image
+
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
+        raise VideoError(f"{path}: a picture must be uint8 of the shape (H, W, 3), found {image.dtype} {image.shape}")
+    with atomic_path(path) as temporary:
+        Image.fromarray(image).save(temporary, format="PNG")

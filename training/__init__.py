@@ -1,0 +1,1 @@
+"""Headless programs: ``python -m training.<verb>``."""

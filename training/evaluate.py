@@ -1,0 +1,311 @@
+"""Measure what a LoRA changed, on prompts and seeds that both models share: ``python -m training.evaluate``."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from spatialalign.dsr import DSR, Relation
+from spatialalign.errors import ConfigError, DataError
+from spatialalign.files import write_json
+from spatialalign.prompts import Prompt, read_csv
+from spatialalign.score import dsr_score
+from spatialalign.tracks import Tracks
+from training.cli import command
+from training.generate import generate, lora_model_name
+from training.measure import Scored, chance, difference, summarise, table
+from training.score import read_score, score
+from training.stages import StageSummary, parse_seeds
+from training.store import Sample, Store
+
+if TYPE_CHECKING:
+    from spatialalign.backbones.base import Backbone, SampleSettings
+    from spatialalign.tracking.tracker import Tracker
+
+VERSION = 1
+PAPER_TYPES = ("LR", "LT", "RL", "RT", "TL", "TR")
+LIBRARIES = ("numpy", "torch", "diffusers", "transformers", "peft", "av")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Generate, track and score with the base model and with the LoRA, same prompts and seeds, and compare."""
+
+    model: str
+    """Base model: a diffusers WanPipeline folder, a hub id, or "miniature"."""
+    lora: Path
+    """LoRA file of any dialect."""
+    out: Path
+    """Output folder: the stores base and aligned, metrics.json, table.md. Run again to continue."""
+    prompts: str
+    """CSV file of held-out prompts with the official columns, or "miniature" for the miniature's own."""
+    seeds: str = "0-4"
+    """Seeds of each prompt, as 0-4 or 0,3,7; both models start from the same noise."""
+    limit: int | None = None
+    """Take only so many prompts, spread evenly over the file; null for all."""
+    swapped: int = 0
+    """Also let the base model draw so many prompts with both relations exchanged, scored for the original ones."""
+    lora_scale: float = 1.0
+    """Strength of the LoRA."""
+    tracker: str = "miniature"
+    """Tracking models: "miniature", a folder with detector/ and segmenter/, or <detector>+<segmenter> hub ids."""
+    rule: Literal["robust", "paper"] = "robust"
+    """Tracking rule."""
+    batch: int = 4
+    """Clips generated at once."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    dtype: str = "auto"
+    """auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16."""
+    steps: int | None = None
+    """Sampling steps; null for the model's own, as below."""
+    guidance: float | None = None
+    """Classifier-free guidance scale."""
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit must be at least 1, found {self.limit}")
+        if self.swapped < 0:
+            raise ConfigError(f"swapped must be 0 or more, found {self.swapped}")
+
+
+def evaluate(
+    backbone: Backbone,
+    tracker: Tracker,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    lora: Path,
+    out: Path,
+    settings: SampleSettings,
+    batch: int = 4,
+    lora_scale: float = 1.0,
+    swapped: int = 0,
+    name: str = "aligned",
+) -> dict[str, Any]:
+    """Evaluate and write ``metrics.json`` and ``table.md`` into ``out``; what its stores hold is not made again.
+
+    A clip that cannot be made or scored (latents that are not finite, say) counts as INVALID with its reason.
+
+    Args:
+        backbone: the base model, without an adapter; it is left so.
+        tracker: finds subject and object.
+        prompts: held-out prompts.
+        seeds: of each prompt, the same for both models.
+        lora: LoRA file.
+        out: output folder.
+        settings: how to sample.
+        batch: clips at once.
+        lora_scale: strength of the LoRA.
+        swapped: number of prompts of the swapped-caption control, 0 for none.
+        name: folder of the aligned model's store in ``out``; several LoRAs can share one base that way.
+
+    Returns:
+        The content of metrics.json.
+
+    Raises:
+        DataError: another process is still working on a sample.
+        StoreError: ``out`` holds samples of another model, LoRA or other settings.
+    """
+    from spatialalign.lora import load_lora, unload_lora
+
+    if not prompts or not seeds:
+        raise DataError(f"nothing to evaluate: {len(prompts)} prompts, {len(seeds)} seeds")
+    clips = {"base": fill(Store(out / "base", create=True), backbone, tracker, prompts, seeds, settings, batch)}
+    control = None
+    if swapped:
+        control = swapped_control(out, backbone, tracker, prompts, seeds, settings, batch, swapped, clips["base"])
+    load_lora(backbone.transformer, lora, scale=lora_scale)
+    try:
+        model = lora_model_name(backbone.model_id, lora, lora_scale)
+        store = Store(out / name, create=True)
+        clips["aligned"] = fill(store, backbone, tracker, prompts, seeds, settings, batch, model)
+    finally:
+        unload_lora(backbone.transformer)
+    result: dict[str, Any] = {
+        "version": VERSION,
+        "prompts": len(prompts),
+        "seeds": list(seeds),
+        "stores": {"base": "base", "aligned": name},
+        **{arm: summarise(rows) for arm, rows in clips.items()},
+        "difference": difference(clips["base"], clips["aligned"]),
+        "controls": {"chance": {arm: chance(rows) for arm, rows in clips.items()}, "swapped": control},
+        "settings": {
+            "model": backbone.model_id,
+            "aligned": model,
+            "tracker": {"rule": tracker.rule, "detector": type(tracker.detector).__name__},
+            "sampling": settings.to_dict(),
+        },
+        "versions": versions(),
+        "samples": [
+            {
+                "prompt_id": base.prompt_id,
+                "seed": base.seed,
+                "type": base.type_code,
+                **{arm: scores_of(clip) for arm, clip in (("base", base), ("aligned", aligned))},
+            }
+            for base, aligned in zip(clips["base"], clips["aligned"], strict=True)
+        ],
+    }
+    write_json(out / "metrics.json", result)
+    (out / "table.md").write_text(table(result) + "\n", encoding="utf-8")
+    return result
+
+
+def fill(
+    store: Store,
+    backbone: Backbone,
+    tracker: Tracker,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    settings: SampleSettings,
+    batch: int,
+    model: str | None = None,
+) -> list[Scored]:
+    """Generate, track and score what the store lacks, and read every score, by prompt and seed."""
+    made = generate(backbone, store, prompts, seeds, settings, batch, model)
+    scored = score(store, tracker)
+    for summary in (made, scored):
+        print(summary.text(), flush=True)
+    wanted = [(prompt, store.sample(prompt.prompt_id, seed)) for prompt in prompts for seed in seeds]
+    generated = {sample.name for _, sample in wanted if sample.generated}
+    # What another process is still generating cannot be scored yet: that is no verdict about the model.
+    failures = dict(made.failed) | {name: reason for name, reason in scored.failed if name in generated}
+    check_complete([sample for _, sample in wanted], failures, [made, scored])
+    return [read_scored(sample, prompt.dsr, failures.get(sample.name)) for prompt, sample in wanted]
+
+
+def check_complete(samples: Sequence[Sample], failures: dict[str, str], summaries: Sequence[StageSummary]) -> None:
+    """Every sample is scored or has failed with a reason; raises :class:`DataError` otherwise."""
+    missing = [sample.name for sample in samples if not sample.scored and sample.name not in failures]
+    if missing:
+        busy = sum(summary.busy for summary in summaries)
+        raise DataError(
+            f"{len(missing)} of {len(samples)} clips have no score yet (first {missing[0]}); {busy} were claimed by "
+            "another process: run the same command again when it is done"
+        )
+
+
+def read_scored(sample: Sample, dsr: DSR, failure: str | None) -> Scored:
+    """The scores of one clip, for its own type and for the paper's other types."""
+    if failure is not None:
+        return Scored(sample.prompt_id, sample.seed, dsr.type_code, None, None, None, f"failed: {failure}", (None,) * 5)
+    value, tracks = read_score(sample), Tracks.load(sample.tracks)
+    others = tuple(
+        dsr_score(tracks, dataclasses.replace(dsr, initial=Relation(code[0]), final=Relation(code[1]))).score
+        for code in PAPER_TYPES
+        if code != dsr.type_code
+    )
+    robust = None if value.robust is None else value.robust.score
+    return Scored(
+        sample.prompt_id, sample.seed, dsr.type_code, value.score, value.normalised, robust, value.reason, others
+    )
+
+
+def swapped_control(
+    out: Path,
+    backbone: Backbone,
+    tracker: Tracker,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    settings: SampleSettings,
+    batch: int,
+    count: int,
+    base: Sequence[Scored],
+) -> dict[str, Any]:
+    """What the base model scores for a relation when its caption asks for the reverse, beside the true caption."""
+    chosen = spread(prompts, count)
+    reversed_prompts = [Prompt.of(f"{prompt.prompt_id}-reversed", prompt.dsr.reversed()) for prompt in chosen]
+    store = Store(out / "swapped", create=True)
+    fill(store, backbone, tracker, reversed_prompts, seeds, settings, batch)
+    clips = []
+    for prompt, other in zip(chosen, reversed_prompts, strict=True):
+        for seed in seeds:
+            sample = store.sample(other.prompt_id, seed)
+            value = dsr_score(Tracks.load(sample.tracks), prompt.dsr) if sample.tracks.is_file() else None
+            robust = None if value is None or value.robust is None else value.robust.score
+            scores = (None, None) if value is None else (value.score, value.normalised)
+            reason = "failed" if value is None else value.reason
+            clips.append(Scored(prompt.prompt_id, seed, prompt.dsr.type_code, *scores, robust, reason))
+    names = {prompt.prompt_id for prompt in chosen}
+    return {
+        "prompts": len(chosen),
+        "plain": summarise([clip for clip in base if clip.prompt_id in names])["correct_at_0.7"],
+        "swapped": summarise(clips)["correct_at_0.7"],
+    }
+
+
+def scores_of(clip: Scored) -> dict[str, Any]:
+    """What metrics.json keeps of one clip."""
+    return {"score": clip.score, "normalised": clip.normalised, "robust": clip.robust, "reason": clip.reason}
+
+
+def spread(prompts: Sequence[Prompt], count: int | None) -> list[Prompt]:
+    """At most ``count`` prompts: types in turn, and within a type spread evenly over the sequence."""
+    if count is None or count >= len(prompts):
+        return list(prompts)
+    by_type: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_type.setdefault(prompt.dsr.type_code, []).append(prompt)
+    chosen: list[Prompt] = []
+    for index, group in enumerate(by_type.values()):
+        share = min(len(group), count // len(by_type) + (index < count % len(by_type)))
+        start = (index + 0.5) / len(by_type)  # types begin at different places, so that they share few triples
+        chosen += [group[int((k + start) * len(group) / share)] for k in range(share)]
+    places = {id(prompt): place for place, prompt in enumerate(prompts)}
+    return sorted(chosen, key=lambda prompt: places[id(prompt)])
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, Python and the libraries a result depends on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import spatialalign
+
+    found = {"spatialalign": spatialalign.__version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {**found, "platform": f"{platform.system()} {platform.machine()}"}
+
+
+def read_prompts(source: str) -> list[Prompt]:
+    """The prompts of a CSV file, or the miniature's held-out ones."""
+    if source == "miniature":
+        from spatialalign.miniature.world import prompts
+
+        return prompts("eval")
+    return read_csv(source)
+
+
+def run(args: Evaluate) -> dict[str, Any]:
+    """Load model and tracker, evaluate, and print the table."""
+    prompts, seeds = spread(read_prompts(args.prompts), args.limit), parse_seeds(args.seeds)
+
+    from spatialalign.backbones import load_backbone
+    from spatialalign.backbones.wan import pick_device
+    from spatialalign.tracking.load import load_tracker
+
+    backbone = load_backbone(args.model, args.device, args.dtype)
+    tracker = load_tracker(args.tracker, pick_device(args.device), args.rule)
+    given = {name: value for name in ("steps", "guidance") if (value := getattr(args, name)) is not None}
+    settings = dataclasses.replace(backbone.default_settings(), **given)
+    result = evaluate(
+        backbone, tracker, prompts, seeds, args.lora, args.out, settings, args.batch, args.lora_scale, args.swapped
+    )
+    print(f"{table(result)}\n{args.out / 'metrics.json'}")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``python -m training.evaluate``."""
+    command(Evaluate, run, argv)
+
+
+if __name__ == "__main__":
+    main()

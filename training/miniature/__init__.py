@@ -1,0 +1,1 @@
+"""Rebuild the miniature's weights from seeds: ``python -m training.miniature``, stage by stage."""
