@@ -133,8 +133,8 @@ def picture(store: Store, prompts: Sequence[Prompt], seeds: Sequence[int]) -> di
 
     * ``background_psnr``: dB between the scene as the world draws it and the frames, away from the boxes: the world is
       drawn, so the true background is known;
-    * ``saturation``, ``contrast``: mean of max - min over the colour channels, standard deviation of the luminance, both
-      in 0 to 1;
+    * ``saturation``, ``contrast``: mean of max - min over the colour channels, standard deviation of the luminance, in
+      0 to 1;
     * ``confidence``: the detector's, over all boxes, 0 where one is absent.
     """
     values: dict[str, list[float]] = {"background_psnr": [], "saturation": [], "contrast": [], "confidence": []}
@@ -175,7 +175,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         return f"{100 * value['value']:{sign}.1f} [{100 * value['low']:{sign}.1f}, {100 * value['high']:{sign}.1f}]"
 
     head = ["arm", "steps", "Correct@0.7, %", "against base, points", "INVALID, %", "robust Correct@0.7, %"]
-    head += ["background PSNR, dB", "saturation", "detector confidence", "|v| ratio"]
+    head += ["background PSNR, dB", "saturation", "detector confidence", "norm of v"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         held_out = row["held_out_pairs"]

@@ -45,4 +45,6 @@ def read_json(path: str | Path) -> Any:
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} is not valid JSON ({error}); delete it and run the stage that writes it again") from error
+        raise DataError(
+            f"{path} is not valid JSON ({error}); delete it and run the stage that writes it again"
+        ) from error

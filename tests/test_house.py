@@ -162,7 +162,7 @@ def test_package_data_reach_a_wheel(repo_root: Path, project: dict) -> None:  # 
 def test_continuous_integration_runs_the_readme_command(repo_root: Path) -> None:
     run = repo_root / ".ci" / "run"
     assert run.stat().st_mode & 0o111, f"{run} is not executable"
-    assert re.search(r"^make .*\btest$", run.read_text(encoding="utf-8"), re.MULTILINE)
+    assert re.search(r"^make .*\btest\b", run.read_text(encoding="utf-8"), re.MULTILINE)
     assert "make test" in (repo_root / "README.md").read_text(encoding="utf-8")
 
 

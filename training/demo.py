@@ -59,9 +59,7 @@ class Sizes:
 
 
 FULL = Sizes(train_prompts=144, train_seeds=4, held_out_prompts=96, held_out_seeds=3, swapped_prompts=24)
-SHORT = Sizes(
-    train_prompts=24, train_seeds=4, held_out_prompts=12, held_out_seeds=2, swapped_prompts=6, dpo_steps=24
-)
+SHORT = Sizes(train_prompts=24, train_seeds=4, held_out_prompts=12, held_out_seeds=2, swapped_prompts=6, dpo_steps=24)
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,7 @@ def run(args: Demo) -> dict[str, Any] | None:
         print("stopped; run the same command again to continue")
         return None
     with clock.stage("evaluate"):
-        metrics = compare(out, backbone, tracker, held_out, lora, sizes, settings, args.seed)
+        metrics = compare(out, backbone, tracker, held_out, lora, sizes, settings)
     with clock.stage("report"):
         page = report(
             Report(
@@ -235,17 +233,21 @@ def train_lora(
 ) -> Path | None:
     """Train, or find the LoRA that the same settings and pairs gave before; None when stopped by a signal.
 
-    ``folder`` takes the LoRA; by default one for the seed in ``out``.
+    ``folder`` takes the LoRA. By default it is named after the seed and a digest of settings and pairs, so that a demo
+    with other sizes in the same ``out`` begins afresh.
     """
+    from training.config import fingerprint
     from training.dpo import train
     from training.pairs import read_pairs
     from training.store import Store
 
-    folder = folder or out / "lora" / f"seed{settings.seed}"
+    digest = read_pairs(pairs)[1]
+    if folder is None:
+        folder = out / "lora" / f"seed{settings.seed}-{fingerprint({**settings.to_dict(), 'pairs': digest})[:8]}"
     lora, summary = folder / "lora_comfyui.safetensors", folder / "summary.json"
     if lora.is_file() and summary.is_file():
         known = read_json(summary)
-        if known["settings"] == settings.to_dict() and known["lora"]["pairs_digest"] == read_pairs(pairs)[1]:
+        if known["settings"] == settings.to_dict() and known["lora"]["pairs_digest"] == digest:
             print(f"there before: {lora}")
             return lora
     result = train(backbone, Store(out / "store"), pairs, folder, settings)
@@ -262,7 +264,6 @@ def compare(
     lora: Path,
     sizes: Sizes,
     settings: SampleSettings,
-    seed: int,
 ) -> dict[str, Any]:
     """Evaluate base and aligned model on the held-out prompts, with the same noise."""
     from training.evaluate import evaluate
@@ -277,7 +278,7 @@ def compare(
         settings,
         sizes.batch,
         swapped=sizes.swapped_prompts,
-        name=f"aligned-seed{seed}",
+        name=f"aligned-{lora.parent.name}",
     )
 
 

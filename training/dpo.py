@@ -174,6 +174,7 @@ def train(
             return _export(trainer, store, chosen[0], pairs_digest)
         finally:
             unload_lora(backbone.transformer, ADAPTER)
+            trainer.release()
 
 
 def check_samples(backbone: Backbone, store: Store, prompts: Sequence[PromptPairs]) -> None:

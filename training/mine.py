@@ -120,7 +120,8 @@ def _nothing_found(store: Store, found: Mined) -> str:
         f"clips in {store.root}"
     )
     if not (found.winners or found.losers or found.invalid):
-        return f"no clip can be used: {counts}; run training.generate and training.score first"
+        first = f" (the first, {found.unusable[0][0]}: {found.unusable[0][1]})" if found.unusable else ""
+        return f"no clip can be used: {counts}{first}; run training.generate and training.score first"
     if not found.winners:
         return f"no winners: {counts}; generate more seeds per prompt, or lower --threshold"
     if not found.losers:

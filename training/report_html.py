@@ -144,7 +144,7 @@ def figure(role: str, name: str, clip: Clip, pair: Pair) -> str:
         f'<div class="screen"><video muted autoplay loop playsinline controlslist="nodownload" src="{source}" '
         f'aria-label="{escape(name, quote=True)}: {escape(pair.prompt, quote=True)}"></video>'
         f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" aria-hidden="true">'
-        f'{rectangle("object", first[1])}{rectangle("subject", first[0])}</svg></div>'
+        f"{rectangle('object', first[1])}{rectangle('subject', first[0])}</svg></div>"
         f"{ssr_chart(clip.initial, clip.final, (pair.initial_name, pair.final_name))}"
         f"{f'<p class=under>{escape(clip.reason)}</p>' if clip.score is None and clip.reason else ''}"
         "</figure>"
@@ -158,7 +158,7 @@ def gallery(pairs: Sequence[Pair]) -> str:
     cards = "".join(
         f'<article class="pair card"><header><div class="why">{escape(pair.why)} · seed {pair.seed}</div>'
         f'<p class="prompt">{escape(pair.prompt)}</p></header><div class="two">'
-        f'{figure("base", "Base", pair.base, pair)}{figure("aligned", "Aligned", pair.aligned, pair)}</div></article>'
+        f"{figure('base', 'Base', pair.base, pair)}{figure('aligned', 'Aligned', pair.aligned, pair)}</div></article>"
         for pair in pairs
     )
     return (
@@ -181,9 +181,7 @@ def correct_section(result: Mapping[str, Any]) -> str:
     for key, name in (("base", "Base"), ("aligned", "Aligned")):
         rows = result[key]["correct_at"]
         columns = {part: [row[part] for row in rows] for part in ("tau", "value", "low", "high")}
-        series.append(
-            Series(name, key, columns["tau"], columns["value"], columns["low"], columns["high"], dots=True)
-        )
+        series.append(Series(name, key, columns["tau"], columns["value"], columns["low"], columns["high"], dots=True))
     chance = result["controls"]["chance"]["aligned"]
     head = "".join(f'<th class="n">{row["tau"]:.1f}</th>' for row in result["base"]["correct_at"])
     body = "".join(

@@ -96,8 +96,6 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)
         if settings.gradient_checkpointing:
             backbone.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
-        else:
-            backbone.transformer.disable_gradient_checkpointing()  # type: ignore[operator]
 
     @property
     def checkpoints(self) -> Path:
@@ -156,6 +154,10 @@ class Trainer:
         return save_checkpoint(
             self.checkpoints, self.step, self.parameters, self.optimizer, self.identity, self.settings.keep_checkpoints
         )
+
+    def release(self) -> None:
+        """Switch off what only training needs, so that sampling is as fast as before."""
+        self.backbone.transformer.disable_gradient_checkpointing()  # type: ignore[operator]
 
     def held_out(self) -> dict[str, float] | None:
         """Mean monitors over the held-out pairs at fixed noise and evenly spread noise levels; None without any."""

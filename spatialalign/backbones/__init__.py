@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import ModelError
+
 if TYPE_CHECKING:
     from .wan import WanBackbone
 
@@ -20,7 +22,10 @@ def load_backbone(name: str, device: str = "auto", dtype: str = "auto") -> WanBa
     Raises:
         ModelError: when the folder lacks a part, or is not a text-to-video Wan model.
     """
+    source = str(Path(__file__).parent.parent / "miniature" / "weights" / "wan") if name == "miniature" else name
+    if name == "miniature" and not Path(source).is_dir():
+        raise ModelError(f"the miniature's weights are not in {source}; build them with python -m training.miniature")
+
     from .wan import WanBackbone
 
-    source = str(Path(__file__).parent.parent / "miniature" / "weights" / "wan") if name == "miniature" else name
     return WanBackbone.from_pretrained(source, device=device, dtype=dtype, model_id=name)

@@ -27,9 +27,9 @@ def pad_text(text: Sequence[Tensor], length: int = 512) -> Tensor:
 def collapse_padding(text: Sequence[Tensor], length: int = 512) -> tuple[Tensor, Tensor]:
     """The same text in its short form.
 
-    Returns embeddings ``(b, m, d)`` with ``m = min(max n_i + 1, length)`` and an additive attention bias ``(b, m)``: 0 on
-    real rows; on the zero rows of sample i, ``log((length - n_i) / (m - n_i))``, so that together they weigh as much as
-    the ``length - n_i`` rows they stand for.
+    Returns embeddings ``(b, m, d)`` with ``m = min(max n_i + 1, length)`` and an additive attention bias ``(b, m)``: 0
+    on real rows; on the zero rows of sample i, ``log((length - n_i) / (m - n_i))``, so that together they weigh as much
+    as the ``length - n_i`` rows they stand for.
     """
     counts = [min(len(embedding), length) for embedding in text]
     short = min(max(counts) + 1, length)

@@ -80,8 +80,6 @@ class WanBackbone:
         cls, source: str | Path, device: str = "auto", dtype: str = "auto", model_id: str | None = None
     ) -> WanBackbone:
         """Load a diffusers ``WanPipeline`` folder or hub id; raises :class:`ModelError` naming what is missing."""
-        from diffusers import AutoencoderKLWan, WanTransformer3DModel
-
         source = str(source)
         where = pick_device(device)
         precision = pick_dtype(dtype, where)
@@ -92,6 +90,8 @@ class WanBackbone:
                 f"{source} is neither a folder nor a hub id of the form owner/name; "
                 "give a diffusers WanPipeline folder, a hub id, or 'miniature'"
             )
+        from diffusers import AutoencoderKLWan, WanTransformer3DModel
+
         transformer = _load_part(
             source,
             "transformer",
@@ -205,9 +205,9 @@ class WanBackbone:
         rows = [row.to(self.device, self.dtype) for row in text]
         x, timestep = x.to(self.device, self.dtype), (sigma.to(self.device, torch.float32) * 1000)
         # Attention kernels on CUDA are fastest without a mask and the text is 1 % of the work there; blocks recomputed
-        # by gradient checkpointing would not see the mask.
-        recomputed = torch.is_grad_enabled() and self.transformer.gradient_checkpointing
-        if self.device.type == "cuda" or recomputed:
+        # by gradient checkpointing would not see the mask. A pass without gradients takes the same way, so that a
+        # reference differs from the model by the adapter alone and not by rounding.
+        if self.device.type == "cuda" or self.transformer.gradient_checkpointing:
             padded = pad_text(rows, TEXT_LENGTH)
             return self.transformer(x, timestep, padded, return_dict=False)[0].float()
         short, bias = collapse_padding(rows, TEXT_LENGTH)

@@ -1,4 +1,4 @@
-"""The miniature: a tiny drawn world and small models of the real classes, trained on it and shipped with the package."""
+"""The miniature: a tiny drawn world, and small models of the real classes that were trained on it."""
 
 from __future__ import annotations
 
@@ -10,5 +10,8 @@ DETECTOR = WEIGHTS / "detector"
 SEGMENTER = WEIGHTS / "segmenter"
 
 HEIGHT = WIDTH = 64
-FRAMES = 17
+HOLD = 4
+"""Frames that a pose is held: the world is animated on fours, in step with the autoencoder's groups of four frames."""
+POSES = 4
+FRAMES = 1 + HOLD * (POSES - 1)
 FPS = 8.0

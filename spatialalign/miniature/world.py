@@ -1,5 +1,7 @@
 """The miniature world: clips of one animal that moves about one object, with a caption and the truth.
 
+It is animated on fours, as cheap cartoons are: four poses, each held as long as one group of frames of the autoencoder.
+
 An animal beside the object stands a little nearer to the viewer, so its centre is lower than the object's: the SSR of
 "left" and "right" is then about 0.73 rather than 1, and under the paper's rule a clip that shows half of the right
 relationship (left → top where left → right was asked) stays below 0.7 instead of reaching 0.74.
@@ -10,15 +12,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..dsr import DSR, Relation
 from ..prompts import Prompt
+from ..tracking.segment import boxes_from_masks
 from ..tracks import Tracks
-from . import FPS, FRAMES, HEIGHT
+from . import FPS, FRAMES, HEIGHT, HOLD
 from .sprites import ANIMALS, CELL, OBJECTS, SCENES, SUBPIXELS, background, sprite
+
+Array = NDArray[Any]
 
 VERBS: dict[str, tuple[str, ...]] = {
     "cat": ("walks", "leaps"),
@@ -46,7 +52,7 @@ class Clip:
 
 
 def path(shown: str, rng: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
-    """Foot positions ``(t, 2)`` of the animal, ``(2,)`` of the object, and the direction the animal faces (±1)."""
+    """Foot positions ``(POSES, 2)`` of the animal, ``(2,)`` of the object, and the direction the animal faces (±1)."""
     thing = np.array([32 + rng.uniform(-4, 4), _GROUND_OBJECT + rng.uniform(-1, 1)])
     offsets = {
         "L": np.array([-_SIDE, _GROUND_ANIMAL - _GROUND_OBJECT]),
@@ -56,23 +62,24 @@ def path(shown: str, rng: np.random.Generator) -> tuple[NDArray[np.float64], NDA
     start, end = (
         thing + offsets[code] + rng.uniform(-1.5, 1.5, 2) * (1, 0.3 if code == "T" else 0.7) for code in shown
     )
-    first, last = rng.integers(1, 5), rng.integers(11, 16)
-    u = np.clip((np.arange(FRAMES) - first) / (last - first), 0, 1)
-    u = u * u * (3 - 2 * u)
+    u = np.array([0.0, rng.uniform(0.25, 0.42), rng.uniform(0.58, 0.75), 1.0])
     feet = start + (end - start) * u[:, None]
     if "T" in shown:
-        lift = rng.uniform(5, 8)
-        feet[:, 1] -= lift * 4 * u * (1 - u)
         # An animal jumps from the ground: first up, then over, so that it does not cut through the object.
         climb = u**0.6 if shown[1] == "T" else 1 - (1 - u) ** 0.6
-        feet[:, 1] = start[1] + (end[1] - start[1]) * climb - lift * 2 * u * (1 - u)
-    else:
-        feet[:, 1] -= 1.5 * np.abs(np.sin(np.pi * 3 * u))
+        feet[:, 1] = start[1] + (end[1] - start[1]) * climb - rng.uniform(5, 8) * 2 * u * (1 - u)
     facing = float(np.sign(end[0] - start[0])) if shown[0] != shown[1] else rng.choice([-1.0, 1.0])
     return feet, thing, facing
 
 
-def stamp(name: str, foot: NDArray[np.float64], flip: bool, size: int) -> tuple[tuple[slice, slice], NDArray[np.float32]]:
+def held(poses: Array) -> Array:
+    """Frames from poses: the first once, every other one :data:`~spatialalign.miniature.HOLD` times."""
+    return np.repeat(poses, [1] + [HOLD] * (len(poses) - 1), axis=0)
+
+
+def stamp(
+    name: str, foot: NDArray[np.float64], flip: bool, size: int
+) -> tuple[tuple[slice, slice], NDArray[np.float32]]:
     """Where on the ``size``-pixel canvas the sprite falls, and the part of it that is inside."""
     steps = np.round(foot * SUBPIXELS).astype(int)
     whole, part = steps // SUBPIXELS, steps % SUBPIXELS
@@ -103,22 +110,6 @@ def draw(
     return (image * 255 + 0.5).astype(np.uint8), masks
 
 
-def boxes_of(masks: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Extents ``(..., 4)`` xyxy, right and bottom exclusive, of masks ``(..., h, w)``; NaN where a mask is empty."""
-    rows, columns = masks.any(-1), masks.any(-2)
-    boxes = np.stack(
-        [
-            columns.argmax(-1),
-            rows.argmax(-1),
-            columns.shape[-1] - columns[..., ::-1].argmax(-1),
-            rows.shape[-1] - rows[..., ::-1].argmax(-1),
-        ],
-        axis=-1,
-    ).astype(np.float64)
-    boxes[~masks.any((-1, -2))] = np.nan
-    return boxes
-
-
 def render(dsr: DSR, seed: int | Sequence[int], shown: str | None = None) -> Clip:
     """Draw the clip of ``dsr`` with everything left open (places, timing) drawn from ``seed``.
 
@@ -127,12 +118,12 @@ def render(dsr: DSR, seed: int | Sequence[int], shown: str | None = None) -> Cli
     rng = np.random.default_rng(seed)
     shown = shown or dsr.type_code
     feet, thing, facing = path(shown, rng)
-    frames, masks = zip(
+    pictures, masks = zip(
         *(draw(dsr.scene, [(dsr.object, thing, False), (dsr.subject, foot, facing < 0)]) for foot in feet), strict=True
     )
-    stacked = np.stack(masks)[:, ::-1]
+    stacked = held(np.stack(masks)[:, ::-1])
     tracks = Tracks(
-        boxes=boxes_of(stacked),
+        boxes=boxes_from_masks(stacked),
         confidence=np.ones((FRAMES, 2)),
         labels=(dsr.subject, dsr.object),
         size=(HEIGHT, HEIGHT),
@@ -140,7 +131,7 @@ def render(dsr: DSR, seed: int | Sequence[int], shown: str | None = None) -> Cli
         masks=stacked,
         source="miniature world, ground truth",
     )
-    return Clip(np.stack(frames), dsr, shown, tracks)
+    return Clip(held(np.stack(pictures)), dsr, shown, tracks)
 
 
 def triples(split: str) -> list[tuple[str, str, str]]:

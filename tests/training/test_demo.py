@@ -68,7 +68,7 @@ def test_the_loop_resumes_and_keeps_seeds_apart(
     assert [f"[{k}/8] {name}" in printed for k, name in enumerate(STAGES, 1)] == [True] * 8
     assert "Correct@0.7, %" in printed and str(tmp_path / "report.html") in printed
 
-    calls, lora = coin.calls, tmp_path / "lora" / "seed0" / "lora_comfyui.safetensors"
+    calls, (lora,) = coin.calls, tuple(tmp_path.glob("lora/seed0-*/lora_comfyui.safetensors"))
     written = lora.stat().st_mtime_ns
     second = run(args)
     assert second is not None
@@ -79,6 +79,8 @@ def test_the_loop_resumes_and_keeps_seeds_apart(
     other = run(Demo(out=tmp_path, dpo_steps=2, batch=8, seed=1, **small))
     assert other is not None and other["base"] == first["base"] and other["training"]["seed"] == 1
     assert coin.calls == calls + 6, "another training seed only needs the aligned model's clips"
+    longer = run(Demo(out=tmp_path, dpo_steps=3, batch=8, **small))
+    assert longer is not None and longer["base"] == first["base"], "other sizes begin a training of their own"
     assert json.loads((tmp_path / "results" / "seed0.json").read_text())["training"]["seed"] == 0
 
 

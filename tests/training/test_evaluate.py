@@ -149,9 +149,7 @@ def test_a_lora_that_ruins_the_model_counts_as_invalid(backbone: WanBackbone, tm
         measure(backbone, LeftToRight(), path, tmp_path / "out")
 
 
-def test_a_clip_that_cannot_be_scored_counts_as_invalid(
-    backbone: WanBackbone, lora: Path, tmp_path: Path
-) -> None:
+def test_a_clip_that_cannot_be_scored_counts_as_invalid(backbone: WanBackbone, lora: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     measure(backbone, LeftToRight(), lora, out)
     for name in ("tracks.safetensors", "score.json"):

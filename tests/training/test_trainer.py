@@ -49,6 +49,7 @@ SETTINGS = TrainSettings(
 def clean(backbone: WanBackbone) -> Iterator[None]:
     yield
     unload_lora(backbone.transformer, ADAPTER)
+    backbone.transformer.disable_gradient_checkpointing()
 
 
 def trainer(backbone: WanBackbone, store: Store, out: Path, **changes: Any) -> Trainer:

@@ -10,7 +10,7 @@ from spatialalign.errors import ConfigError
 from spatialalign.miniature import WEIGHTS
 from training.cli import command
 
-STAGES = ("vae", "text", "decoder", "wan", "detector", "segmenter")
+STAGES = ("vae", "text", "wan", "detector", "segmenter")
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,17 @@ def run(arguments: Arguments) -> None:
     torch.set_num_threads(arguments.threads)
     wan, work = arguments.out / "wan", arguments.work
 
-    from training.miniature import decoder, detector, segmenter, text, vae
+    from training.miniature import detector, segmenter, text, vae
     from training.miniature import wan as transformer
 
     stages: dict[str, tuple[Path, Callable[[], None]]] = {
         "vae": (wan / "vae/config.json", lambda: vae.build(wan / "vae", work)),
         "text": (wan / "text_encoder/config.json", lambda: text.build(wan, work)),
-        "decoder": (work / decoder.DONE, lambda: decoder.build(wan, work)),
         "wan": (wan / "transformer/config.json", lambda: transformer.build(wan, work)),
-        "detector": (arguments.out / "detector/config.json", lambda: detector.build(arguments.out / "detector", wan, work)),
+        "detector": (
+            arguments.out / "detector/config.json",
+            lambda: detector.build(arguments.out / "detector", wan, work),
+        ),
         "segmenter": (
             arguments.out / "segmenter/config.json",
             lambda: segmenter.build(arguments.out / "segmenter", wan, work),

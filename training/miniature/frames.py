@@ -16,7 +16,8 @@ from tqdm import tqdm
 from spatialalign.files import atomic_path
 from spatialalign.miniature import HEIGHT
 from spatialalign.miniature.sprites import ANIMALS, OBJECTS, SCENES
-from spatialalign.miniature.world import TYPES, boxes_of, draw, path
+from spatialalign.miniature.world import TYPES, draw, path
+from spatialalign.tracking.segment import boxes_from_masks
 
 NAMES = (*ANIMALS, *OBJECTS)
 
@@ -46,43 +47,37 @@ def picture(rng: np.random.Generator) -> Picture:
     frame, masks = draw(scene, things)
     seen = masks.sum((1, 2)) > 25
     names = tuple(name for (name, _, _), ok in zip(things, seen, strict=True) if ok)
-    return Picture(frame, names, boxes_of(masks[seen]), masks[seen])
+    return Picture(frame, names, boxes_from_masks(masks[seen]), masks[seen])
 
 
 @torch.no_grad()
-def through_vae(folder: Path, work: Path, clips: int = 320, noise: float = 0.25, seed: int = 5) -> dict[str, Tensor]:
-    """Clips as a generator would show them: encoded, disturbed in latent space, decoded; with the masks of the truth.
+def through_vae(folder: Path, work: Path, count: int = 3200, noise: float = 0.25, seed: int = 5) -> dict[str, Tensor]:
+    """Pictures as a generator would show them: encoded, disturbed in latent space, decoded; with the true masks.
 
-    Returns ``frames`` (n, 64, 64, 3) uint8, ``masks`` (n, 2, 64, 64) bool (animal, object) and ``names`` (n, 2).
+    Returns ``frames`` (n, 64, 64, 3) uint8, ``masks`` (n, 2, 64, 64) bool and ``names`` (n, 2), numbers into NAMES.
     """
     stored = work / "seen-through-vae.safetensors"
     if stored.exists():
         return load_file(stored)
     vae = AutoencoderKLWan.from_pretrained(folder / "vae").eval()
     spread = torch.tensor(vae.config.latents_std).view(-1, 1, 1, 1)
-    frames, masks, names = [], [], []
-    for start in tqdm(range(0, clips, 16), desc="frames through the VAE"):
-        drawn = []
-        for number in range(start, start + 16):
-            rng = np.random.default_rng((seed, number))
-            animal, thing, scene = (int(rng.integers(4)) for _ in range(3))
-            feet, foot, facing = path(str(rng.choice(TYPES)), rng)
-            for at in feet:
-                things = [(list(OBJECTS)[thing], foot, False), (list(ANIMALS)[animal], at, bool(facing < 0))]
-                frame, mask = draw(list(SCENES)[scene], things)
-                drawn.append(frame)
-                masks.append(mask[::-1].copy())
-                names.append((animal, 4 + thing))
-        batch = torch.from_numpy(np.stack(drawn)).view(16, -1, HEIGHT, HEIGHT, 3).permute(0, 4, 1, 2, 3) / 127.5 - 1
-        generator = torch.Generator().manual_seed(seed + start)
+    drawn = [picture(np.random.default_rng((seed, number))) for number in range(count)]
+    drawn = [item for item in drawn if len(item.names) == 2]
+    frames = torch.from_numpy(np.stack([item.frame for item in drawn]))
+    generator = torch.Generator().manual_seed(seed)
+    seen = []
+    for part in tqdm(frames.permute(0, 3, 1, 2)[:, :, None].split(64), desc="frames through the VAE"):
         with torch.autocast("cpu", torch.bfloat16):
-            latents = vae.encode(batch).latent_dist.mode().float()
-            level = noise * torch.rand(16, 1, 1, 1, 1, generator=generator)
+            latents = vae.encode(part / 127.5 - 1).latent_dist.mode().float()
+            level = noise * torch.rand(len(part), 1, 1, 1, 1, generator=generator)
             latents = latents + spread * level * torch.randn(latents.shape, generator=generator)
             decoded = vae.decode(latents).sample.float()
-        frames.append(((decoded + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 4, 1).flatten(0, 1))
-    result = {"frames": torch.cat(frames).contiguous(), "masks": torch.from_numpy(np.stack(masks)),
-              "names": torch.tensor(names)}  # fmt: skip
+        seen.append(((decoded[:, :, 0] + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1))
+    result = {
+        "frames": torch.cat(seen).contiguous(),
+        "masks": torch.from_numpy(np.stack([item.masks for item in drawn])),
+        "names": torch.tensor([[NAMES.index(name) for name in item.names] for item in drawn]),
+    }
     with atomic_path(stored) as temporary:
         save_file(result, temporary)
     return result
@@ -97,5 +92,5 @@ def batch_of(rng: np.random.Generator, count: int, seen: dict[str, Tensor] | Non
         masks = seen["masks"][index].numpy()
         visible = masks.sum((1, 2)) > 25
         names = tuple(NAMES[i] for i, ok in zip(seen["names"][index], visible, strict=True) if ok)
-        pictures.append(Picture(seen["frames"][index].numpy(), names, boxes_of(masks[visible]), masks[visible]))
+        pictures.append(Picture(seen["frames"][index].numpy(), names, boxes_from_masks(masks[visible]), masks[visible]))
     return pictures

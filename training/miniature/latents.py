@@ -12,16 +12,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from spatialalign.dsr import DSR
 from spatialalign.files import atomic_path
-from spatialalign.miniature.world import TYPES, prompts, render
+from spatialalign.miniature import HOLD, POSES
+from spatialalign.miniature.world import TYPES, Clip, prompts, render
 
-CLIPS_PER_PROMPT = 22
+CLIPS_PER_PROMPT = 24
 WRONG, STAYS = 0.20, 0.14
 """Shares of clips that show another type, and an animal that stays."""
 SEED = 2
@@ -44,11 +44,11 @@ def shown_type(dsr: DSR, rng: np.random.Generator) -> str:
     return 2 * dsr.initial.code if draw < WRONG + STAYS else dsr.type_code
 
 
-def frames_of(job: Job) -> NDArray[np.uint8]:
-    """Draw the clip ``(t, 64, 64, 3)`` of a job."""
+def clip_of(job: Job) -> Clip:
+    """Draw the clip of a job."""
     dsr = captions()[job[0]]
     shown = shown_type(dsr, np.random.default_rng((SEED, *job, 1)))
-    return render(dsr, (SEED, *job), shown).frames
+    return render(dsr, (SEED, *job), shown)
 
 
 def _statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
@@ -70,7 +70,7 @@ def denormalise(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encoded_clips(folder: Path, work: Path, shard: int = 288) -> tuple[Tensor, list[Job]]:
-    """Normalised latents ``(n, 16, 5, 8, 8)`` float16 of all training clips, and their jobs; kept shard by shard."""
+    """Normalised latents ``(n, 16, 4, 8, 8)`` float16 of all training clips, and their jobs; kept shard by shard."""
     jobs = [(number, copy) for copy in range(CLIPS_PER_PROMPT) for number in range(len(captions()))]
     vae = None
     latents = []
@@ -78,12 +78,15 @@ def encoded_clips(folder: Path, work: Path, shard: int = 288) -> tuple[Tensor, l
         path = work / f"latents-{start // shard:03d}.safetensors"
         if not path.exists():
             vae = vae or AutoencoderKLWan.from_pretrained(folder / "vae").eval()
-            clips = torch.from_numpy(np.stack([frames_of(job) for job in jobs[start : start + shard]]))
+            # One frame of each pose is enough: the autoencoder treats frames singly (vae.inflate) and poses are held.
+            poses = np.stack([clip_of(job).frames[::HOLD] for job in jobs[start : start + shard]])
+            flat = torch.from_numpy(poses).flatten(0, 1).permute(0, 3, 1, 2)[:, :, None]
             parts = []
-            for part in clips.permute(0, 4, 1, 2, 3).split(16):
+            for part in flat.split(64):
                 with torch.autocast("cpu", torch.bfloat16):
                     parts.append(vae.encode(part / 127.5 - 1).latent_dist.mode().float())
+            encoded = normalise(vae, torch.cat(parts)).unflatten(0, (-1, POSES)).squeeze(3).transpose(1, 2)
             with atomic_path(path) as temporary:
-                save_file({"latents": normalise(vae, torch.cat(parts)).half()}, temporary)
+                save_file({"latents": encoded.half().contiguous()}, temporary)
         latents.append(load_file(path)["latents"])
     return torch.cat(latents), jobs

@@ -20,12 +20,12 @@ from spatialalign.files import atomic_path
 
 @dataclass
 class Loop:
-    """Trains ``model`` for ``steps`` steps; each step is a pure function of its number, so a resumed run is the same run.
+    """Trains ``model`` for ``steps`` steps; a step is a pure function of its number, so a resumed run is the same run.
 
     The learning rate warms up linearly, stays, and falls as a cosine over the last ``decay`` part. ``ema`` > 0 keeps an
     exponential moving average of the weights, which is what :meth:`run` leaves in the model at the end. ``fan_in`` > 0
-    lowers the rate of matrices with more inputs than that in proportion: one step of Adam moves every weight by the rate,
-    so 4096 inputs that move together move an output by thousands of times as much.
+    lowers the rate of matrices with more inputs than that in proportion: one step of Adam moves every weight by the
+    rate, so 4096 inputs that move together move an output by thousands of times as much.
     """
 
     name: str

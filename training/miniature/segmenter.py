@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
     SamConfig,
@@ -53,15 +53,26 @@ def model() -> SamModel:
     )  # fmt: skip
 
 
-def build(folder: Path, vae_folder: Path, work: Path, seed: int = 4, steps: int = 1500, batch: int = 12) -> None:
+def build(
+    folder: Path,
+    vae_folder: Path,
+    work: Path,
+    seed: int = 4,
+    drawn_steps: int = 900,
+    seen_steps: int = 500,
+    batch: int = 12,
+) -> None:
     """Train and write the segmenter's folder."""
     torch.manual_seed(seed)
-    seen = through_vae(vae_folder, work)
     sam = model()
+    # The class starts its random position features at frequencies fit for being overwritten by a checkpoint: so high
+    # that neighbouring places have nothing in common. The original draws them with a scale of one.
+    nn.init.normal_(sam.shared_image_embedding.positional_embedding, std=1.0)
+    sam.prompt_encoder.shared_embedding = sam.shared_image_embedding
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
 
-    def step(number: int) -> dict[str, Tensor]:
-        rng = np.random.default_rng((seed, number))
+    def step(number: int, seen: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        rng = np.random.default_rng((seed, seen is not None, number))
         pictures = [p for p in batch_of(rng, batch, seen) if len(p.names) == 2]
         pixels = torch.from_numpy(np.stack([p.frame for p in pictures])).permute(0, 3, 1, 2) / 255.0
         boxes = torch.from_numpy(np.stack([p.boxes for p in pictures])).float()
@@ -82,6 +93,8 @@ def build(folder: Path, vae_folder: Path, work: Path, seed: int = 4, steps: int 
         guess = (out.iou_scores[:, :, 0] - iou).square().mean()
         return {"loss": entropy + dice.mean() + guess, "dice": dice.mean(), "iou": iou.mean(), "guess": guess}
 
-    Loop("segmenter", work, sam, steps, lr=1e-3, warmup=100, decay=0.7, ema=0.998).run(step)
+    Loop("segmenter-drawn", work, sam, drawn_steps, lr=1e-3, warmup=100, decay=0.3).run(lambda n: step(n, None))
+    seen = through_vae(vae_folder, work)
+    Loop("segmenter-seen", work, sam, seen_steps, lr=4e-4, decay=0.8, ema=0.99).run(lambda n: step(n, seen))
     sam.eval().save_pretrained(folder)
     processor().save_pretrained(folder)

@@ -80,7 +80,8 @@ def build(folder: Path, work: Path, seed: int = 1, steps: int = 300) -> None:
     # Word vectors start small, so that what the layers add about the context is not drowned by the word's identity.
     nn.init.normal_(encoder.shared.weight, std=0.3)
     # And attention starts with habits of distance: from the usual near-zero start it takes thousands of steps to notice
-    # that "left" stands behind "on the" in one clause and behind "to the" in the other. Buckets: k before, 16 + k after.
+    # that "left" stands behind "on the" in one clause and behind "to the" in the other. Buckets: k before, 16 + k
+    # after.
     for layer, offsets in zip(encoder.encoder.block, ((1, 2, 3, 17), (None, 4, 6, 18)), strict=True):
         bias = layer.layer[0].SelfAttention.relative_attention_bias.weight
         for head, bucket in enumerate(offsets):

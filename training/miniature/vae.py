@@ -7,27 +7,32 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import Tensor
+from torch.nn import functional
 
+from spatialalign.miniature import POSES
 from spatialalign.miniature.sprites import ANIMALS, OBJECTS, SCENES
-from spatialalign.miniature.world import TYPES, draw, path
+from spatialalign.miniature.world import TYPES, draw, held, path
 from training.miniature.loop import Loop
 
 
-def random_clips(rng: np.random.Generator, count: int, frames: int) -> Tensor:
-    """``(count, 3, frames, 64, 64)`` in [-1, 1]: stretches of random clips, any animal, object, scene and type."""
-    clips = []
+def random_clips(rng: np.random.Generator, count: int, poses: int) -> tuple[Tensor, Tensor]:
+    """Stretches of ``poses`` poses of random clips, any animal, object, scene and type.
+
+    Returns clips ``(count, 3, t, 64, 64)`` in [-1, 1] and weights ``(count, 1, t, 64, 64)``: an animal is 4 % of the
+    picture, and a plain mean would rather lose it than blur the rest.
+    """
+    clips, masks = [], []
     for _ in range(count):
         animal, thing, scene = (rng.choice(list(names)) for names in (ANIMALS, OBJECTS, SCENES))
         feet, foot, facing = path(str(rng.choice(TYPES)), rng)
-        start = rng.integers(0, len(feet) - frames + 1)
-        clips.append(
-            [
-                draw(scene, [(thing, foot, False), (animal, feet[start + i], facing < 0)])[0]
-                for i in range(frames)
-            ]
-        )
-    return torch.from_numpy(np.array(clips)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        start = rng.integers(0, len(feet) - poses + 1)
+        drawn = [draw(scene, [(thing, foot, False), (animal, at, facing < 0)]) for at in feet[start : start + poses]]
+        clips.append(held(np.stack([frame for frame, _ in drawn])))
+        masks.append(held(np.stack([mask[1] for _, mask in drawn])))
+    near = functional.max_pool2d(torch.from_numpy(np.stack(masks)).float(), 5, 1, 2)
+    return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3) / 127.5 - 1, 1 + 7 * near[:, None]
 
 
 def psnr(vae: AutoencoderKLWan, clips: Tensor) -> float:
@@ -37,28 +42,32 @@ def psnr(vae: AutoencoderKLWan, clips: Tensor) -> float:
     return float(-10 * torch.log10(((again - clips) / 2).square().mean()))
 
 
-def reconstruction(again: Tensor, clips: Tensor) -> dict[str, Tensor]:
-    """Reconstruction loss of decoded against true pixels in [-1, 1]."""
+def reconstruction(again: Tensor, clips: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
+    """Reconstruction loss of decoded against true pixels in [-1, 1]; ``weight`` (broadcastable) counts some more."""
     error = again - clips
+    squared, absolute = error.square(), error.abs()
     # Edges: the difference of neighbouring pixels keeps outlines of small animals sharp.
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    l1, mse = error.abs().mean(), error.square().mean()
-    return {"loss": l1 + 4 * mse + 0.5 * edges, "l1": l1, "mse": mse}
+    parts = {"l1": absolute.mean(), "mse": squared.mean()}
+    if weight is not None:
+        squared, absolute = squared * weight / weight.mean(), absolute * weight / weight.mean()
+        parts["weighted"] = squared.mean()
+    return {"loss": absolute.mean() + 4 * squared.mean() + 0.5 * edges, **parts}
 
 
-def _loss(vae: AutoencoderKLWan, clips: Tensor) -> dict[str, Tensor]:
+def _loss(vae: AutoencoderKLWan, clips: Tensor, weight: Tensor) -> dict[str, Tensor]:
     with torch.autocast("cpu", torch.bfloat16):
         posterior = vae.encode(clips).latent_dist
         again = vae.decode(posterior.sample()).sample.float()
     kl = 0.5 * (posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()).mean()
-    parts = reconstruction(again, clips)
+    parts = reconstruction(again, clips, weight)
     return parts | {"loss": parts["loss"] + 1e-4 * kl, "kl": kl}
 
 
 @torch.no_grad()
 def standardise(vae: AutoencoderKLWan, clips: Tensor) -> None:
-    """Fold a per-channel affine map into the convolutions about the latents, so that the latents of ``clips`` get exactly
-    the mean and standard deviation that Wan 2.1's own latents have (the config's ``latents_mean`` and ``latents_std``).
+    """Fold a per-channel affine map into the convolutions about the latents: those of ``clips`` then have exactly the
+    mean and standard deviation that Wan 2.1's own latents have (the config's ``latents_mean`` and ``latents_std``).
 
     Programs that hard-code those constants then normalise our latents correctly.
     """
@@ -75,19 +84,33 @@ def standardise(vae: AutoencoderKLWan, clips: Tensor) -> None:
     vae.post_quant_conv.weight.copy_(weight / scale[None, :, None, None, None])
 
 
-def build(folder: Path, work: Path, seed: int = 0, frame_steps: int = 1400, clip_steps: int = 500, whole_steps: int = 260) -> None:
+@torch.no_grad()
+def inflate(vae: AutoencoderKLWan) -> None:
+    """Turn an autoencoder trained on single pictures into one for video that treats each frame as it did a picture.
+
+    A causal convolution that has only seen single frames has trained its last tap alone; the taps on the past are as
+    random as they were made, and are set to zero. Halving in time keeps every second frame, doubling repeats it.
+    """
+    for name, module in vae.named_modules():
+        if isinstance(module, WanCausalConv3d) and module.weight.shape[2] == 3:
+            module.weight[:, :, :2] = 0
+            if name.endswith("time_conv"):
+                out, inner = module.weight.shape[:2]
+                module.weight[:, :, 2, 0, 0] = torch.eye(inner).repeat(out // inner, 1)
+                module.bias.zero_()
+
+
+def build(folder: Path, work: Path, seed: int = 0) -> None:
     """Train and write the autoencoder to ``folder``."""
     torch.manual_seed(seed)
     vae = AutoencoderKLWan(base_dim=8, num_res_blocks=2)
 
-    def step(number: int, count: int, frames: int) -> dict[str, Tensor]:
+    def step(number: int, count: int, poses: int) -> dict[str, Tensor]:
         torch.manual_seed(number)
-        return _loss(vae, random_clips(np.random.default_rng((seed, frames, number)), count, frames))
+        return _loss(vae, *random_clips(np.random.default_rng((seed, poses, number)), count, poses))
 
-    Loop("vae-frames", work, vae, frame_steps, lr=2e-3, decay=0.3).run(lambda n: step(n, 12, 1))
-    Loop("vae-clips", work, vae, clip_steps, lr=1e-3, decay=0.6).run(lambda n: step(n, 4, 5 if n % 2 else 9))
-    # The caches of the causal convolutions reach back further than nine frames: whole clips, or late frames decay.
-    Loop("vae-whole", work, vae, whole_steps, lr=1.5e-3, decay=0.8, save_every=100).run(lambda n: step(n, 2, 17))
+    Loop("vae-frames", work, vae, 1400, lr=2e-3, decay=0.3).run(lambda n: step(n, 12, 1))
+    inflate(vae)
     vae.eval()
-    standardise(vae, random_clips(np.random.default_rng((seed, 1)), 128, 17))
+    standardise(vae, random_clips(np.random.default_rng((seed, 1)), 128, POSES)[0])
     vae.save_pretrained(folder)

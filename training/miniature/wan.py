@@ -1,4 +1,4 @@
-"""Stage 4: the video transformer (``WanTransformer3DModel``), an imperfect base model on purpose (see ``latents.py``)."""
+"""Stage 3: the video transformer (``WanTransformer3DModel``), imperfect on purpose: see ``latents.py``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def encode_captions(folder: Path, captions: list[str]) -> list[Tensor]:
     return [encoder(**words(text, return_tensors="pt")).last_hidden_state[0] for text in captions]
 
 
-def build(folder: Path, work: Path, seed: int = 2, steps: int = 9000, batch: int = 48) -> None:
+def build(folder: Path, work: Path, seed: int = 2, steps: int = 6000, batch: int = 48) -> None:
     """Train and write ``folder/transformer``, the scheduler, ``model_index.json`` and ``spatialalign.json``."""
     torch.manual_seed(seed)
     latents, jobs = encoded_clips(folder, work)
@@ -57,9 +57,7 @@ def build(folder: Path, work: Path, seed: int = 2, steps: int = 9000, batch: int
         error = (velocity.float() - (noise - clean)).square().mean((1, 2, 3, 4))
         return {"loss": error.mean(), "high": error[sigma > 0.8].mean(), "low": error[sigma < 0.4].mean()}
 
-    Loop("wan", work, model, steps, lr=1e-3, warmup=200, decay=0.6, ema=0.999, weight_decay=0.02, fan_in=256).run(
-        step
-    )
+    Loop("wan", work, model, steps, lr=1e-3, warmup=200, decay=0.6, ema=0.999, weight_decay=0.02, fan_in=256).run(step)
     model.eval()
     pipeline = WanPipeline(
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
