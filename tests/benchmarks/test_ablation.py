@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from spatialalign.errors import ConfigError
+from spatialalign.miniature import FRAMES
 from spatialalign.miniature.world import prompts, render
 from spatialalign.video import write_video
 from training.store import Store
@@ -49,7 +50,7 @@ def test_what_lies_in_the_boxes_does_not_count(ablation: ModuleType) -> None:
         for x1, y1, x2, y2 in pair:
             frame[y1:y2, x1:x2] = 255
     assert ablation.background_psnr(frames, clip.tracks, clip.dsr.scene) > 55
-    everywhere = replace(clip.tracks, boxes=np.broadcast_to([0.0, 0.0, 64.0, 64.0], (17, 2, 4)), masks=None)
+    everywhere = replace(clip.tracks, boxes=np.broadcast_to([0.0, 0.0, 64.0, 64.0], (FRAMES, 2, 4)), masks=None)
     assert np.isnan(ablation.background_psnr(frames, everywhere, clip.dsr.scene))
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from spatialalign.errors import DataError
 from spatialalign.files import write_json
+from spatialalign.miniature import FRAMES
 from training.report import Report, choose, run
 from training.report_charts import Frame, Series, curve_chart, nice_ticks, segments, spread
 from training.report_html import percent, summary
@@ -180,12 +181,12 @@ def test_the_clips_are_playable(html: str, tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     path.write_bytes(base64.b64decode(clips[0]))
     video = read_video(path)
-    assert video.frames.shape == (17, 256, 256, 3) and video.fps == 8
+    assert video.frames.shape == (FRAMES, 256, 256, 3) and video.fps == 8
 
 
 def test_boxes_belong_to_frames(html: str) -> None:
     sets = [json.loads(value) for _, name, value in parsed(html).attributes if name == "data-boxes"]
-    assert all(len(frames) == 17 and all(len(pair) == 2 for pair in frames) for frames in sets)
+    assert all(len(frames) == FRAMES and all(len(pair) == 2 for pair in frames) for frames in sets)
     absent = [frames for frames in sets if frames[5][0] is None]
     assert len(absent) == 2, "the two clips whose subject is lost after two frames"
 

@@ -30,8 +30,8 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 def processor(folder: Path) -> GroundingDinoProcessor:
     """Image processor and word-piece tokenizer.
 
-    Grounding DINO finds phrases by BERT's ids of ``[CLS]`` (101), ``[SEP]`` (102), ``.`` (1012) and ``?`` (1029), so the
-    small vocabulary keeps those places.
+    Grounding DINO finds phrases by BERT's ids of ``[CLS]`` (101), ``[SEP]`` (102), ``.`` (1012) and ``?`` (1029), so
+    the small vocabulary keeps those places.
     """
     words = [f"[unused{i}]" for i in range(1060)]
     for place, token in {

@@ -27,7 +27,7 @@ def encode_captions(folder: Path, captions: list[str]) -> list[Tensor]:
     return [encoder(**words(text, return_tensors="pt")).last_hidden_state[0] for text in captions]
 
 
-def build(folder: Path, work: Path, seed: int = 2, steps: int = 6000, batch: int = 48) -> None:
+def build(folder: Path, work: Path, seed: int = 2, steps: int = 8000, batch: int = 48) -> None:
     """Train and write ``folder/transformer``, the scheduler, ``model_index.json`` and ``spatialalign.json``."""
     torch.manual_seed(seed)
     latents, jobs = encoded_clips(folder, work)

@@ -106,7 +106,7 @@ def test_scores_from_our_tracker_equal_those_from_the_truth(clips: list[Clip], t
         assert truth is not None
         differences.append(1.0 if ours is None else abs(ours - truth))
     assert float(np.median(differences)) <= 0.05
-    assert float(np.mean(np.array(differences) > 0.1)) <= 0.1
+    assert float(np.mean(np.array(differences) > 0.1)) <= 0.2
 
 
 def test_every_folder_loads_with_the_plain_library_classes() -> None:
