@@ -62,11 +62,12 @@ def build(folder: Path, work: Path, seed: int = 2, steps: int = 8000, batch: int
         error = (velocity.float() - (noise - clean)).square().mean((1, 2, 3, 4))
         return {"loss": error.mean(), "high": error[sigma > 0.8].mean(), "low": error[sigma < 0.4].mean()}
 
-    shared = {"weight_decay": 0.02, "fan_in": 256}
-    Loop("wan", work, model, steps, lr=1e-3, warmup=200, decay=0.6, ema=0.999, **shared).run(lambda n: step(n, 0.0))
-    Loop("wan-relabelled", work, model, 500, lr=4e-4, warmup=20, decay=0.5, ema=0.99, **shared).run(
-        lambda n: step(n, RELABELLED)
+    base = Loop("wan", work, model, steps, lr=1e-3, warmup=200, decay=0.6, ema=0.999, weight_decay=0.02, fan_in=256)
+    base.run(lambda number: step(number, 0.0))
+    spoil = Loop(
+        "wan-relabelled", work, model, 500, lr=4e-4, warmup=20, decay=0.5, ema=0.99, weight_decay=0.02, fan_in=256
     )
+    spoil.run(lambda number: step(number, RELABELLED))
     model.eval()
     pipeline = WanPipeline(
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
