@@ -77,6 +77,10 @@ def build(folder: Path, work: Path, seed: int = 2, steps: int = 8000, batch: int
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
     )
     pipeline.save_pretrained(folder)
+    # diffusers notes where a part was loaded from; a shipped folder should not name a path of this machine.
+    config = json.loads((folder / "vae/config.json").read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)
+    (folder / "vae/config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     settings = {"frames": FRAMES, "height": HEIGHT, "width": WIDTH, "fps": FPS, "steps": 16, "guidance": 1.0,
                 "shift": SHIFT, "negative_prompt": ""}  # fmt: skip
     (folder / "spatialalign.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
