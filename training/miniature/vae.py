@@ -35,13 +35,6 @@ def random_clips(rng: np.random.Generator, count: int, poses: int) -> tuple[Tens
     return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3) / 127.5 - 1, 1 + 7 * near[:, None]
 
 
-def psnr(vae: AutoencoderKLWan, clips: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of encoding and decoding ``clips``, pixel values in [0, 1]."""
-    with torch.no_grad():
-        again = vae.decode(vae.encode(clips).latent_dist.mode()).sample
-    return float(-10 * torch.log10(((again - clips) / 2).square().mean()))
-
-
 def reconstruction(again: Tensor, clips: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
     """Reconstruction loss of decoded against true pixels in [-1, 1]; ``weight`` (broadcastable) counts some more."""
     error = again - clips
