@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import LoraError
 from .files import atomic_path
+from .wan_modules import diffusers_name, original_name
 
 if TYPE_CHECKING:
     import torch
@@ -24,42 +26,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TO_ORIGINAL = {
-    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
-    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
-    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
-    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
-    "condition_embedder.time_proj": "time_projection.1",
-    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
-    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
-    "patch_embedding": "patch_embedding",
-    "proj_out": "head.head",
-}
-_TO_ORIGINAL_IN_BLOCK = {
-    "attn1.to_q": "self_attn.q",
-    "attn1.to_k": "self_attn.k",
-    "attn1.to_v": "self_attn.v",
-    "attn1.to_out.0": "self_attn.o",
-    "attn2.to_q": "cross_attn.q",
-    "attn2.to_k": "cross_attn.k",
-    "attn2.to_v": "cross_attn.v",
-    "attn2.to_out.0": "cross_attn.o",
-    "attn2.add_k_proj": "cross_attn.k_img",
-    "attn2.add_v_proj": "cross_attn.v_img",
-    "ffn.net.0.proj": "ffn.0",
-    "ffn.net.2": "ffn.2",
-}
-_TO_DIFFUSERS = {original: name for name, original in _TO_ORIGINAL.items()}
-_TO_DIFFUSERS_IN_BLOCK = {original: name for name, original in _TO_ORIGINAL_IN_BLOCK.items()}
-
-_PREFIXES = ("base_model.model.diffusion_model.", "base_model.model.", "diffusion_model.", "transformer.", "pipe.dit.")
-_KOHYA = "lora_unet_"
+_PREFIXES = re.compile(r"(?:(?:base_model\.model|model|diffusion_model|transformer|pipe\.dit)\.)*")
+_UNDERSCORED = re.compile(r"(?:lora_unet|lycoris)_+")
+_OTHER_KINDS = re.compile(r"lora_magnitude|dora_scale|lora_mid|\.hada_|\.lokr_|\.oft_|\.glora_")
 _SUFFIX = re.compile(
     r"^(?P<module>.+?)\.(?:"
-    r"(?P<down>lora_A(?:\.\w+)?\.weight|lora_A|lora_down\.weight|lora\.down\.weight)|"
-    r"(?P<up>lora_B(?:\.\w+)?\.weight|lora_B|lora_up\.weight|lora\.up\.weight)|"
+    r"(?P<down>lora_A(?:\.[\w-]+)?\.weight|lora_A|lora_down\.weight|lora\.down\.weight)|"
+    r"(?P<up>lora_B(?:\.[\w-]+)?\.weight|lora_B|lora_up\.weight|lora\.up\.weight)|"
     r"(?P<alpha>alpha))$"
 )
+_WIDTHS = {128: "the miniature", 1536: "Wan 1.3B", 3072: "Wan 2.2 5B", 5120: "Wan 14B"}
 
 
 @dataclass(frozen=True)
@@ -74,6 +50,26 @@ class LoraPair:
 
 
 @dataclass(frozen=True)
+class Fitted:
+    """A LoRA file brought to a model's names and found to fit it.
+
+    Attributes:
+        pairs: by diffusers module name.
+        unmatched: keys of the file that fit nothing in the model.
+        metadata: of the file.
+    """
+
+    pairs: dict[str, LoraPair]
+    unmatched: tuple[str, ...]
+    metadata: dict[str, str]
+
+    @property
+    def unmatched_pairs(self) -> int:
+        """How many of the file's pairs fit nothing."""
+        return sum(1 for key in self.unmatched if (found := _SUFFIX.match(key)) and found["down"])
+
+
+@dataclass(frozen=True)
 class Loaded:
     """What :func:`load_lora` did: modules adapted, and keys of the file that fit nothing."""
 
@@ -82,32 +78,13 @@ class Loaded:
     unmatched: tuple[str, ...]
 
 
-def original_name(module: str) -> str | None:
-    """The original Wan (and ComfyUI) name of a diffusers module; None for a module without one."""
-    block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
-    if block is None:
-        return _TO_ORIGINAL.get(module)
-    inner = _TO_ORIGINAL_IN_BLOCK.get(block[2])
-    return None if inner is None else f"blocks.{block[1]}.{inner}"
-
-
-def diffusers_name(module: str) -> str | None:
-    """The diffusers name of a module in original or in diffusers naming; None for an unknown one."""
-    if original_name(module) is not None:
-        return module
-    block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
-    if block is None:
-        return _TO_DIFFUSERS.get(module)
-    inner = _TO_DIFFUSERS_IN_BLOCK.get(block[2])
-    return None if inner is None else f"blocks.{block[1]}.{inner}"
-
-
 def parse_lora(tensors: Mapping[str, Tensor], modules: Iterable[str]) -> tuple[dict[str, LoraPair], list[str]]:
     """Bring a file of any dialect to diffusers module names, alpha folded in.
 
     Understood: ``diffusion_model.``, ``transformer.``, ``base_model.model.`` or no prefix; original or diffusers names;
     ``lora_A/B`` (with or without an adapter name, as in the official ``lora_only`` files), ``lora_down/up`` and
-    ``lora.down/up``; ``.alpha``; kohya's ``lora_unet_`` names.
+    ``lora.down/up``; ``.alpha``; the underscored names of kohya (``lora_unet_``), Wan-Fun (``lora_unet__``) and
+    LyCORIS (``lycoris_``).
 
     Args:
         tensors: the file's content.
@@ -117,7 +94,7 @@ def parse_lora(tensors: Mapping[str, Tensor], modules: Iterable[str]) -> tuple[d
         Pairs by diffusers module name, and the keys that fit no module of the model.
 
     Raises:
-        LoraError: a half pair, or a kind of adapter that is not a plain LoRA.
+        LoraError: a half pair, a pair given twice, or a kind of adapter that is not a plain LoRA.
     """
     known = set(modules)
     underscored = {name.replace(".", "_"): name for name in known}
@@ -125,15 +102,19 @@ def parse_lora(tensors: Mapping[str, Tensor], modules: Iterable[str]) -> tuple[d
     parts: dict[str, dict[str, Tensor]] = {}
     unmatched = []
     for key, tensor in tensors.items():
-        if "lora_magnitude" in key or "dora_scale" in key or ".hada_" in key or ".lokr_" in key:
-            raise LoraError(f"{key} belongs to a DoRA, LoHa or LoKr; only plain LoRA (an A and a B matrix) is read")
+        if _OTHER_KINDS.search(key):
+            raise LoraError(
+                f"{key} belongs to a DoRA, LoHa, LoKr or another adapter that is more than an A and a B matrix; "
+                "applying a part of it would be wrong: export it as a plain LoRA"
+            )
         found = _SUFFIX.match(key)
         module = _find_module(found["module"], known, underscored) if found else None
         if found is None or module is None:
             unmatched.append(key)
             continue
         role = "down" if found["down"] else "up" if found["up"] else "alpha"
-        parts.setdefault(module, {})[role] = tensor
+        if parts.setdefault(module, {}).setdefault(role, tensor) is not tensor:
+            raise LoraError(f"{key} gives {module} a second LoRA; the file holds two adapters, export one of them")
     pairs = {}
     for module, part in parts.items():
         if "down" not in part or "up" not in part:
@@ -150,29 +131,20 @@ def parse_lora(tensors: Mapping[str, Tensor], modules: Iterable[str]) -> tuple[d
 
 
 def _find_module(name: str, known: set[str], underscored: Mapping[str, str]) -> str | None:
-    if name.startswith(_KOHYA):
-        return underscored.get(name[len(_KOHYA) :].lstrip("_"))
-    for prefix in _PREFIXES:
-        if name.startswith(prefix):
-            name = name[len(prefix) :]
-            break
-    module = diffusers_name(name)
+    if prefix := _UNDERSCORED.match(name):
+        return underscored.get(name[prefix.end() :])
+    module = diffusers_name(_PREFIXES.sub("", name, count=1))
     return module if module in known else None
 
 
 def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read tensors and metadata of a LoRA file (``.safetensors``, or ``.ckpt``/``.pt``/``.pth`` without code)."""
     path = Path(path)
+    if path.suffix == ".safetensors":
+        with _open_safetensors(path) as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
     if not path.is_file():
         raise LoraError(f"the LoRA file {path} does not exist")
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-        except SafetensorError as error:
-            raise LoraError(f"{path} is not a readable safetensors file ({error})") from error
     import pickle
 
     import torch
@@ -188,10 +160,38 @@ def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, {}
 
 
+@contextmanager
+def _open_safetensors(path: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise LoraError(f"the LoRA file {path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise LoraError(
+            f"{path} is not a readable safetensors file ({error}); it is damaged or cut short: download or export it "
+            "again"
+        ) from error
+
+
 def adapter_metadata(path: str | Path) -> dict[str, Any]:
+    """:func:`training_notes` of a file, read without its tensors; empty for a file that is not safetensors."""
+    if Path(path).suffix != ".safetensors":
+        return {}
+    with _open_safetensors(Path(path)) as file:
+        return training_notes(file.metadata() or {})
+
+
+def training_notes(metadata: Mapping[str, str]) -> dict[str, Any]:
     """The JSON block this project writes into its LoRA files (base model, step, hashes, ...); empty for other files."""
-    value = json.loads(read_lora(path)[1].get("spatialalign", "{}"))
-    return dict(value)
+    try:
+        value = json.loads(metadata.get("spatialalign", "{}"))
+    except json.JSONDecodeError:
+        logger.warning("the notes in the LoRA file are damaged; the LoRA itself can be used")
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def linear_names(transformer: torch.nn.Module) -> dict[str, tuple[int, int]]:
@@ -205,33 +205,64 @@ def linear_names(transformer: torch.nn.Module) -> dict[str, tuple[int, int]]:
     return sizes
 
 
+def fit_lora(path: str | Path, sizes: Mapping[str, tuple[int, int]]) -> Fitted:
+    """Read a LoRA file of any dialect and see that it fits a model.
+
+    Args:
+        path: the file.
+        sizes: (out, in) of the model's linears by diffusers or original name.
+
+    Raises:
+        LoraError: the model is no Wan model, nothing in the file fits it, or the sizes are another model's.
+    """
+    tensors, metadata = read_lora(path)
+    linears = {module: size for name, size in sizes.items() if (module := diffusers_name(name))}
+    if not linears:
+        raise LoraError(
+            f"the model has none of Wan's layers (it has {_few(sizes)}), so {path} cannot be loaded into it; "
+            "connect a native Wan model"
+        )
+    pairs, unmatched = parse_lora(tensors, linears)
+    if not pairs:
+        raise LoraError(
+            f"0 of {len(tensors)} keys in {path} fit the model (the file has {_few(tensors)}; the model has "
+            f"{_few(sizes)}); is it a LoRA for Wan's transformer?"
+        )
+    for module, pair in pairs.items():
+        found = (pair.up.shape[0], pair.down.shape[1])
+        if found != linears[module]:
+            raise LoraError(
+                f"{path} was made for another model size: {module} is {_size(linears[module])} here and "
+                f"{_size(found)} in the file; load it on the model it was trained on"
+            )
+    if unmatched:
+        logger.warning("%d of %d keys in %s fit no module, e.g. %s", len(unmatched), len(tensors), path, unmatched[0])
+    return Fitted(pairs, tuple(unmatched), metadata)
+
+
+def _few(names: Iterable[str]) -> str:
+    return ", ".join(list(names)[:3]) or "nothing"
+
+
+def _size(size: tuple[int, int]) -> str:
+    """``5120x5120 (Wan 14B)``: a layer's size and, where one of its sides is a known width, whose it is."""
+    owner = next((_WIDTHS[side] for side in size if side in _WIDTHS), None)
+    return f"{size[0]}x{size[1]}" + (f" ({owner})" if owner else "")
+
+
 def load_lora(transformer: Any, path: str | Path, adapter: str = "spatialalign", scale: float = 1.0) -> Loaded:
     """Load a LoRA file of any dialect into a diffusers ``WanTransformer3DModel`` as an active adapter.
 
     Raises:
         LoraError: nothing in the file fits the model, the sizes are another model's, or the name is taken.
     """
-    tensors, _metadata = read_lora(path)
-    sizes = linear_names(transformer)
-    pairs, unmatched = parse_lora(tensors, sizes)
-    if not pairs:
-        sample = ", ".join(list(tensors)[:3]) or "no tensors"
-        raise LoraError(f"0 of {len(tensors)} keys in {path} fit the model (the file has {sample}); is it a Wan LoRA?")
-    for module, pair in pairs.items():
-        found = (pair.up.shape[0], pair.down.shape[1])
-        if found != sizes[module]:
-            raise LoraError(
-                f"{path} was made for another model size: {module} is {sizes[module][0]}x{sizes[module][1]} here and "
-                f"{found[0]}x{found[1]} in the file"
-            )
-    if unmatched:
-        logger.warning("%d of %d keys in %s fit no module, e.g. %s", len(unmatched), len(tensors), path, unmatched[0])
+    fitted = fit_lora(path, linear_names(transformer))
     if adapter in getattr(transformer, "peft_config", {}):
         raise LoraError(f"the model already has an adapter named {adapter!r}; unload it first or use another name")
-    transformer.load_lora_adapter(_diffusers_tensors(pairs, ""), prefix=None, adapter_name=adapter)
+    transformer.load_lora_adapter(_diffusers_tensors(fitted.pairs, ""), prefix=None, adapter_name=adapter)
     transformer.set_adapters(adapter, weights=scale)
     transformer.requires_grad_(False)
-    return Loaded(adapter, tuple(pairs), tuple(unmatched))
+    return Loaded(adapter, tuple(fitted.pairs), fitted.unmatched)
 
 
 def unload_lora(transformer: Any, adapter: str = "spatialalign") -> None:

@@ -1,18 +1,17 @@
-"""Pictures of tracks and scores, as uint8 RGB arrays: overlays, curves, contact sheets."""
+"""Pictures of clips and tracks, as uint8 RGB arrays: overlays and contact sheets. Scores are in :mod:`.score_plot`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .dsr import DSR
+from .chart import fitted, font
 from .errors import TracksError, VideoError
 from .files import atomic_path
-from .score import DsrScore
 from .tracks import Tracks
 from .video import check_frames
 
@@ -25,7 +24,6 @@ Image8 = NDArray[np.uint8]
 COLOURS = ((255, 126, 32), (38, 150, 255))
 """RGB of the subject (orange) and the object (blue); told apart by colour-blind eyes too."""
 _INK, _PAPER, _GREY = (24, 26, 30), (250, 250, 248), (120, 124, 130)
-_PASSED, _FAILED = "#2e8b57", "#b8453a"
 
 
 def draw_tracks(frames: Image8, tracks: Tracks, min_side: int = 320, masks: bool = True) -> Image8:
@@ -59,7 +57,7 @@ def _overlay(frame: Image8, tracks: Tracks, index: int, scale: int, masks: bool)
     big = shown.repeat(scale, axis=0).repeat(scale, axis=1)
     height, width = big.shape[:2]
     points = max(12, min(width, height) // 26)
-    font = _font(points)
+    letters = font(points)
     strip = points + 10
     canvas = Image.new("RGB", (width + width % 2, height + strip + (height + strip) % 2), _INK)
     canvas.paste(Image.fromarray(big), (0, 0))
@@ -79,12 +77,12 @@ def _overlay(frame: Image8, tracks: Tracks, index: int, scale: int, masks: bool)
         draw.rectangle(rim, outline=_INK, width=line + 2)
         draw.rectangle(corners, outline=COLOURS[thing], width=line)
         text = f"{tracks.labels[thing]} {tracks.confidence[index, thing]:.2f}"
-        _tag(draw, text, (x0, y0), (width, height), COLOURS[thing], font)
+        _tag(draw, text, (x0, y0), (width, height), COLOURS[thing], letters)
     note = f"frame {index}/{tracks.frames - 1}   {index / tracks.fps:.2f} s"
-    draw.text((6, height + 3), note, fill=_PAPER, font=font)
+    draw.text((6, height + 3), note, fill=_PAPER, font=letters)
     if absent:
-        start = 6 + draw.textlength(note + "    ", font=font)
-        draw.text((start, height + 3), "absent: " + ", ".join(reversed(absent)), fill=(255, 196, 120), font=font)
+        start = 6 + draw.textlength(note + "    ", font=letters)
+        draw.text((start, height + 3), "absent: " + ", ".join(reversed(absent)), fill=(255, 196, 120), font=letters)
     return np.asarray(canvas)
 
 
@@ -94,111 +92,15 @@ def _tag(
     corner: tuple[float, float],
     limits: tuple[int, int],
     colour: tuple[int, int, int],
-    font: FreeTypeFont | ImageFont,
+    letters: FreeTypeFont | ImageFont,
 ) -> None:
     """A filled label above the box's top left corner, or inside it where there is no room above."""
-    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+    left, top, right, bottom = draw.textbbox((0, 0), text, font=letters)
     wide, tall = right - left + 8, bottom - top + 6
     x = min(max(0.0, corner[0]), max(0.0, limits[0] - wide))
     y = corner[1] - tall if corner[1] >= tall else max(0.0, corner[1])
     draw.rectangle((x, y, x + wide, y + tall), fill=colour)
-    draw.text((x + 4 - left, y + 3 - top), text, fill=_INK, font=font)
-
-
-def _font(points: int) -> FreeTypeFont | ImageFont:
-    from PIL import ImageFont
-
-    return ImageFont.load_default(points)
-
-
-def plot_score(score: DsrScore, dsr: DSR, threshold: float = 0.7, size: tuple[int, int] = (960, 420)) -> Image8:
-    """Both SSR curves against the frame number, the windows shaded, and the scores beside them on a scale.
-
-    Frames that do not count are grey. The title says the type, the score and whether it passes ``threshold``, or why
-    the video is INVALID. ``size`` is width and height in pixels; returns uint8 (height, width, 3).
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(size[0] / 100, size[1] / 100), dpi=100, layout="constrained", facecolor="white")
-    canvas = FigureCanvasAgg(figure)
-    curves, scale = figure.subplots(1, 2, width_ratios=(8, 1.3))
-    _curves(curves, score, dsr)
-    _scale(scale, score, threshold)
-    figure.suptitle(_title(score, dsr, threshold), fontsize=11, x=0.01, ha="left")
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def _curves(axes: Any, score: DsrScore, dsr: DSR) -> None:
-    used, last = score.frames_used, score.frames - 1
-    valid = np.zeros(score.frames, dtype=bool)
-    valid[used[used <= last]] = True
-    for number, (first, stop) in enumerate(_runs(~valid)):
-        axes.axvspan(first - 0.5, stop - 0.5, color="#e4e4e2", lw=0, label="not valid" if number == 0 else None)
-    if len(used):
-        for part, name in ((used[: score.limits.window], "windows"), (used[-score.limits.window :], None)):
-            axes.axvspan(part[0] - 0.5, part[-1] + 0.5, color="#f2d98b", alpha=0.75, lw=0, label=name)
-    axes.axhline(0, color="#888888", lw=0.8)
-    initial_name = f"initial: {dsr.initial.initial_phrase} the {dsr.object}"
-    final_name = f"final: {dsr.final.final_phrase} the {dsr.object}"
-    styles = ((score.initial_ssr, "#8a4fbf", initial_name), (score.final_ssr, "#12805c", final_name))
-    for values, colour, name in styles:
-        axes.plot(*_broken(used, values), color=colour, lw=1.8, label=name, marker=".", ms=4)
-    axes.set(xlim=(-0.5, max(last, 1) + 0.5), ylim=(-1.06, 1.06), xlabel="frame", ylabel="SSR")
-    axes.grid(axis="y", color="#dddddd", lw=0.6)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4, frameon=False, fontsize=9)
-
-
-def _scale(axes: Any, score: DsrScore, threshold: float) -> None:
-    robust = score.robust.score if score.robust is not None else None
-    axes.set(xlim=(-0.6, 1.6), ylim=(0, 1.0), xticks=(0, 1), yticks=(0, 0.25, 0.5, 0.75, 1))
-    axes.set_xticklabels(("paper", "robust"), fontsize=9)
-    axes.yaxis.tick_right()
-    for place, value in enumerate((score.score, robust)):
-        if value is None:
-            text = "INVALID" if place == 0 or score.robust is not None else "none"
-            axes.text(place, 0.03, text, rotation=90, ha="center", va="bottom", color=_FAILED, fontsize=9)
-        else:
-            axes.bar(place, value, width=0.7, color=_PASSED if value >= threshold else _FAILED, alpha=0.85)
-            above = value <= 0.9
-            axes.text(
-                place, value + (0.015 if above else -0.015), f"{value:.2f}", ha="center",
-                va="bottom" if above else "top", fontsize=9, color="black" if above else "white",
-            )  # fmt: skip
-    axes.axhline(threshold, color="black", lw=1, ls="--")
-    for side in ("top", "left"):
-        axes.spines[side].set_visible(False)
-
-
-def _title(score: DsrScore, dsr: DSR, threshold: float) -> str:
-    what = f"{score.type_code}  {dsr.subject} / {dsr.object}"
-    if score.score is None:
-        text = f"{what}:  INVALID, {score.reason}"
-    else:
-        verdict = "passes" if score.score >= threshold else "fails"
-        text = f"{what}:  DSR-Score {score.score:.3f} {verdict} {threshold:g}"
-        if score.robust is not None:
-            robust = score.robust
-            if robust.score is None:
-                text += f";  robust INVALID, {robust.reason}"
-            else:
-                text += f";  robust {robust.score:.3f} {'passes' if robust.passed else 'fails'}"
-    return text if len(text) <= 110 else text[:107] + "..."
-
-
-def _runs(flags: NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """(first, stop) of every run of True."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], flags.astype(np.int8), [0]])))
-    return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
-
-
-def _broken(frames: NDArray[np.int64], values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The curve with a NaN wherever frames are missing, so that no line is drawn across what was not seen."""
-    gaps = np.flatnonzero(np.diff(frames) > 1) + 1
-    return np.insert(frames.astype(np.float64), gaps, np.nan), np.insert(values, gaps, np.nan)
+    draw.text((x + 4 - left, y + 3 - top), text, fill=_INK, font=letters)
 
 
 def contact_sheet(clips: Sequence[tuple[str, Image8]], columns: int = 6, tile: int = 160) -> Image8:
@@ -215,15 +117,14 @@ def contact_sheet(clips: Sequence[tuple[str, Image8]], columns: int = 6, tile: i
         raise VideoError(f"columns must be at least 1 and tile at least 16, found {columns} and {tile}")
     for _, frames in clips:
         check_frames(frames)
-    gap, font = 4, _font(14)
-    line = 20
+    gap, line, points = 4, 20, 14
     heights = [max(1, round(tile * frames.shape[1] / frames.shape[2])) for _, frames in clips]
     width = gap + columns * (tile + gap)
     sheet = Image.new("RGB", (width, gap + sum(height + line + 2 * gap for height in heights)), _PAPER)
     draw = ImageDraw.Draw(sheet)
     y = gap
     for (caption, frames), height in zip(clips, heights, strict=True):
-        draw.text((gap, y), _fitted(draw, caption, width - 2 * gap, font), fill=_INK, font=font)
+        draw.text((gap, y), fitted(caption, width - 2 * gap, points), fill=_INK, font=font(points))
         y += line
         small = frames.shape[2] <= tile
         method = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
@@ -233,20 +134,11 @@ def contact_sheet(clips: Sequence[tuple[str, Image8]], columns: int = 6, tile: i
                 continue
             x = gap + column * (tile + gap)
             sheet.paste(Image.fromarray(frames[i]).resize((tile, height), method), (x, y))
-            number = _font(11)
+            number = font(11)
             draw.rectangle((x, y, x + draw.textlength(str(i), font=number) + 5, y + 14), fill=_INK)
             draw.text((x + 3, y + 1), str(i), fill=_PAPER, font=number)
         y += height + 2 * gap
     return np.asarray(sheet)
-
-
-def _fitted(draw: ImageDraw, text: str, room: int, font: FreeTypeFont | ImageFont) -> str:
-    text = " ".join(text.split())
-    if draw.textlength(text, font=font) <= room:
-        return text
-    while text and draw.textlength(text + "...", font=font) > room:
-        text = text[:-1]
-    return text + "..."
 
 
 def save_png(path: str | Path, image: Image8) -> None:

@@ -27,6 +27,15 @@ COLUMNS = {
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
+def check_prompt_id(prompt_id: str) -> None:
+    """Raise :class:`PromptError` unless ``prompt_id`` can name a folder of the sample store on any machine."""
+    if not _SAFE_ID.fullmatch(prompt_id):
+        raise PromptError(
+            f"prompt_id {prompt_id!r}: expected 1 to 100 letters, digits, '.', '_' or '-', beginning with one of the "
+            "former two"
+        )
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One prompt of a set. ``prompt_id`` names a folder of the sample store: letters, digits, ``.``, ``_``, ``-``.
@@ -39,11 +48,7 @@ class Prompt:
     text: str
 
     def __post_init__(self) -> None:
-        if not _SAFE_ID.fullmatch(self.prompt_id):
-            raise PromptError(
-                f"prompt_id {self.prompt_id!r}: expected 1 to 100 letters, digits, '.', '_' or '-', beginning with one "
-                "of the former two"
-            )
+        check_prompt_id(self.prompt_id)
         if self.text != self.dsr.prompt():
             raise PromptError(f"prompt {self.prompt_id}: text {self.text!r} is not the sentence of its DSR")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -66,6 +67,26 @@ def test_comfyui_keeps_what_it_owns(repo_root: Path) -> None:
 def test_the_core_needs_numpy_alone(project: dict) -> None:  # type: ignore[type-arg]
     assert {requirement_name(line) for line in project["project"]["dependencies"]} == {"numpy"}
     assert set(project["project"]["optional-dependencies"]) == {"train", "original", "metrics", "test"}
+
+
+def test_publishing_completes_the_metadata(repo_root: Path, tmp_path: Path) -> None:
+    """The release workflow adds what the registry asks for; its step is run here on a copy."""
+    import yaml
+
+    workflow = yaml.safe_load((repo_root / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8"))
+    steps = workflow["jobs"]["publish"]["steps"]
+    (script,) = [step["run"] for step in steps if "PUBLISHER" in step.get("env", {})]
+    (tmp_path / "pyproject.toml").write_bytes((repo_root / "pyproject.toml").read_bytes())
+    given = {"PUBLISHER": "someone", "HOME_PAGE": "https://a.b/c", "ICON": "https://a.b/icon.svg"}
+    subprocess.run(["bash", "-ec", script], cwd=tmp_path, env=os.environ | given, check=True)
+    completed = tomllib.loads((tmp_path / "pyproject.toml").read_text(encoding="utf-8"))
+    assert completed["project"]["urls"]["Repository"] == "https://a.b/c"
+    told = completed["tool"]["comfy"]
+    assert (told["PublisherId"], told["Icon"]) == ("someone", "https://a.b/icon.svg")
+    assert told["DisplayName"] and told["requires-comfyui"].startswith(">=")
+    # Named here and in __init__.py, the web folder would be served twice.
+    assert "web" not in told
+    assert (repo_root / "web" / "icon.svg").is_file()
 
 
 def test_version_is_one(project: dict) -> None:  # type: ignore[type-arg]

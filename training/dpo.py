@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from spatialalign.claims import exclusive
 from spatialalign.errors import DataError, LoraError
 from spatialalign.files import write_json
-from training.claims import exclusive
 from training.cli import command
 from training.config import PRESETS, TrainSettings, fingerprint
 from training.interrupt import stop_requests
@@ -171,7 +171,7 @@ def train(
                 finished = trainer.fit(stop)
             if not finished:
                 return TrainResult(False, trainer.step)
-            return _export(trainer, store, chosen[0], pairs_digest)
+            return _export(trainer, store, chosen, pairs_digest)
         finally:
             unload_lora(backbone.transformer, ADAPTER)
             trainer.release()
@@ -191,7 +191,7 @@ def check_samples(backbone: Backbone, store: Store, prompts: Sequence[PromptPair
                 )
 
 
-def _export(trainer: Trainer, store: Store, prompt: PromptPairs, pairs_digest: str) -> TrainResult:
+def _export(trainer: Trainer, store: Store, prompts: Sequence[PromptPairs], pairs_digest: str) -> TrainResult:
     """Write both files, load each back into the same transformer and compare velocities."""
     import torch
 
@@ -212,6 +212,9 @@ def _export(trainer: Trainer, store: Store, prompt: PromptPairs, pairs_digest: s
         "step": trainer.step,
         "seed": settings.seed,
         "beta": settings.beta,
+        "targets": settings.targets,
+        "prompts": len(prompts),
+        "pairs": sum(len(prompt.winners) * len(prompt.losers) for prompt in prompts),
         "config_digest": fingerprint(trainer.identity),
         "pairs_digest": pairs_digest,
         "license": "Apache-2.0",
@@ -219,6 +222,7 @@ def _export(trainer: Trainer, store: Store, prompt: PromptPairs, pairs_digest: s
     }
     save_lora(transformer, comfy, diffusers, metadata, adapter=ADAPTER)
 
+    prompt = prompts[0]
     clean = store.sample(prompt.prompt_id, prompt.winners[0]).read_latents()
     noise = draw(settings, "verify", 0, clean.shape).winner
     inputs = (0.5 * clean + 0.5 * noise)[None], torch.tensor([0.5]), [store.read_text(prompt.prompt_id)]

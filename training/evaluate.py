@@ -18,7 +18,7 @@ from spatialalign.tracks import Tracks
 from training.cli import command
 from training.generate import generate, lora_model_name
 from training.measure import Scored, chance, difference, summarise, table
-from training.score import read_score, score
+from training.score import score
 from training.stages import StageSummary, parse_seeds
 from training.store import Sample, Store
 
@@ -193,7 +193,7 @@ def read_scored(sample: Sample, dsr: DSR, failure: str | None) -> Scored:
     """The scores of one clip, for its own type and for the paper's other types."""
     if failure is not None:
         return Scored(sample.prompt_id, sample.seed, dsr.type_code, None, None, None, f"failed: {failure}", (None,) * 5)
-    value, tracks = read_score(sample), Tracks.load(sample.tracks)
+    value, tracks = sample.read_score(), Tracks.load(sample.tracks)
     others = tuple(
         dsr_score(tracks, dataclasses.replace(dsr, initial=Relation(code[0]), final=Relation(code[1]))).score
         for code in PAPER_TYPES

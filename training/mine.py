@@ -10,13 +10,11 @@ from typing import Any, Literal
 from spatialalign.errors import ConfigError, DataError
 from spatialalign.files import write_json
 from spatialalign.score import DsrScore
+from spatialalign.store import WINNER_THRESHOLD, classify
 from training.cli import command
-from training.pairs import PromptPairs, classify, manifest
-from training.score import read_score
+from training.pairs import PromptPairs, manifest
 from training.stages import stage_log
 from training.store import Store
-
-WINNER_THRESHOLD = 0.7
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,8 @@ class Mine:
     """Which of the two scores decides."""
     threshold: float | None = None
     """A clip with at least this score wins, one below it loses; null for 0.7, or the robust score's own threshold."""
+    model: str | None = None
+    """Only clips that this model made, by the name their files record; null for all."""
 
 
 @dataclass
@@ -69,10 +69,16 @@ class Mined:
         return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.unusable[:20]])
 
 
-def mine(store: Store, score: Literal["official", "robust"] = "official", threshold: float | None = None) -> Mined:
+def mine(
+    store: Store,
+    score: Literal["official", "robust"] = "official",
+    threshold: float | None = None,
+    model: str | None = None,
+) -> Mined:
     """Classify every sample (methods: official train.py) and keep prompts with at least one winner and one loser.
 
-    A sample without score, or whose latents cannot be trained on, is left out with its reason.
+    A sample without score, of another model than ``model``, or whose latents cannot be trained on, is left out with its
+    reason.
 
     Raises:
         DataError: no winners or no losers, or none for the same prompt; with counts and what to do.
@@ -82,7 +88,9 @@ def mine(store: Store, score: Literal["official", "robust"] = "official", thresh
         sides: dict[str, list[int]] = {"winner": [], "loser": []}
         for sample in store.samples(prompt.prompt_id):
             try:
-                side = classify(*_value(read_score(sample), score, threshold))
+                side = classify(*_value(sample.read_score(), score, threshold))
+                if model is not None and (made_by := sample.read_header().model) != model:
+                    raise DataError(f"made by {made_by}, not by {model}")
                 if side is not None:
                     sample.read_latents()
                     store.read_text(prompt.prompt_id)
@@ -134,8 +142,8 @@ def run(args: Mine) -> Mined:
     if args.threshold is not None and not -1 < args.threshold <= 1:
         raise ConfigError(f"threshold must be in (-1, 1], found {args.threshold}")
     store = Store(args.store)
-    found = mine(store, args.score, args.threshold)
-    rule = {"score": args.score, "threshold": args.threshold}
+    found = mine(store, args.score, args.threshold, args.model)
+    rule = {"score": args.score, "threshold": args.threshold, "model": args.model}
     path = args.out or args.store / "pairs.json"
     write_json(path, manifest(found.prompts, {**rule, **found.statistics()}))
     stage_log(store.root, "mine").write({"event": "end", **rule, **found.statistics()})

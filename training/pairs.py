@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,16 +40,6 @@ class PromptPairs:
             raise DataError(f"prompt {self.prompt_id} needs at least one winner and one loser to make a pair")
         if set(self.winners) & set(self.losers):
             raise DataError(f"prompt {self.prompt_id} has seeds that are both winner and loser; mine the pairs again")
-
-
-def classify(score: float | None, threshold: float = 0.7) -> str | None:
-    """``"winner"`` for a score >= threshold, ``"loser"`` for [-1, threshold), None for an INVALID clip.
-
-    Methods: official train.py, dataset class; an INVALID clip (None here) takes no part.
-    """
-    if score is None or math.isnan(score) or score < -1:
-        return None
-    return "winner" if score >= threshold else "loser"
 
 
 def read_pairs(path: str | Path) -> tuple[tuple[PromptPairs, ...], str]:

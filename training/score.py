@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Literal
 
 from spatialalign.dsr import DSR
 from spatialalign.errors import DataError, SpatialAlignError
-from spatialalign.files import read_json, write_json
 from spatialalign.score import DsrScore, dsr_score
 from spatialalign.tracks import Tracks
 from spatialalign.video import read_video
@@ -37,16 +36,6 @@ class Score:
     """Frames given to the detector at once."""
     again: bool = False
     """Compute every score again from the tracks there are, without tracking again."""
-
-
-def read_score(sample: Sample) -> DsrScore:
-    """The score of a sample; raises :class:`DataError` when it is missing, damaged, or has lost its tracks."""
-    if sample.score.is_file() and not sample.tracks.is_file():
-        raise DataError(f"{sample.score} has no tracks beside it; run training.score again")
-    try:
-        return DsrScore.from_dict(read_json(sample.score))
-    except DataError as error:
-        raise DataError(f"{sample.score}: {error}") from error
 
 
 def score(store: Store, tracker: Tracker | None, again: bool = False) -> StageSummary:
@@ -95,7 +84,7 @@ def _is_scored(sample: Sample) -> bool:
     if not sample.scored:
         return False
     try:
-        read_score(sample)
+        sample.read_score()
     except DataError:
         return False
     return True
@@ -118,7 +107,7 @@ def _score_sample(sample: Sample, dsr: DSR, tracker: Tracker | None) -> DsrScore
         tracks = tracker.track(video.frames, dsr.subject, dsr.object, video.fps)
         tracks.save(sample.tracks)
     value = dsr_score(tracks, dsr)
-    write_json(sample.score, {**value.to_dict(), "tracker": tracks.source})
+    sample.write_score(value, tracks.source)
     return value
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +15,7 @@ from ..errors import ConfigError, DataError, ModelError
 from ..files import read_json
 from .base import LoraTargets, SampleSettings
 from .flow import euler_step, guided, sampling_sigmas
+from .latent_space import LatentSpace
 from .padding import collapse_padding, cross_attention_bias, pad_text
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ class WanBackbone:
             transformer: on any device; moved to ``device``, frozen, in evaluation mode.
             load_vae: returns the VAE, in float32.
             load_text: returns the tokenizer and the encoder.
-            vae_config: the VAE's configuration (``z_dim``, ``latents_mean``, ``latents_std``, ``scale_factor_*``).
+            vae_config: the VAE's configuration (``base_dim``, ``latents_mean``, ``latents_std``, ``scale_factor_*``).
             settings: default sampling settings; None for the paper's.
             fps: frames per second of decoded clips.
             device: where everything runs.
@@ -72,6 +71,7 @@ class WanBackbone:
         self._load_vae = load_vae
         self._load_text = load_text
         self._vae_config = vae_config
+        self._space = LatentSpace.from_config(vae_config)
         self._settings = settings or SampleSettings()
         self._fps = fps
 
@@ -136,11 +136,10 @@ class WanBackbone:
         """Precision the transformer computes in (its norms and time embedding stay in float32)."""
         return self.transformer.patch_embedding.weight.dtype
 
-    @cached_property
+    @property
     def latent_space(self) -> str:
-        """``wan-vae:`` and a digest of the VAE's configuration, normalisation constants included."""
-        config = {key: value for key, value in self._vae_config.items() if not key.startswith("_")}
-        return "wan-vae:" + hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+        """``wan-vae:`` and a digest of the VAE's width and normalisation constants."""
+        return self._space.name
 
     @cached_property
     def vae(self) -> AutoencoderKLWan:
@@ -258,13 +257,6 @@ class WanBackbone:
                 progress(step + 1, settings.steps)
         return x.cpu()
 
-    def _statistics(self) -> tuple[Tensor, Tensor]:
-        mean, std = (
-            torch.tensor(self._vae_config[key], device=self.device).reshape(1, -1, 1, 1, 1)
-            for key in ("latents_mean", "latents_std")
-        )
-        return mean, std
-
     @torch.no_grad()
     def decode(self, latents: Tensor, names: Sequence[str] | None = None) -> np.ndarray:
         """Decode normalised latents ``(b, c, f, h, w)`` to uint8 frames ``(b, T, H, W, 3)``.
@@ -273,8 +265,8 @@ class WanBackbone:
         """
         labels = list(names) if names is not None else [f"clip {index} of the batch" for index in range(len(latents))]
         _require_finite(latents, labels, "latents")
-        mean, std = self._statistics()
-        video = self.vae.decode(latents.to(self.device, torch.float32) * std + mean, return_dict=False)[0]
+        raw = self._space.denormalise(latents.to(self.device, torch.float32))
+        video = self.vae.decode(raw, return_dict=False)[0]
         _require_finite(video, labels, "decoded frames")
         pixels = ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         return np.ascontiguousarray(pixels.permute(0, 2, 3, 4, 1).cpu().numpy())
@@ -286,8 +278,7 @@ class WanBackbone:
             raise DataError(f"frames must be uint8 (b, T, H, W, 3), found {frames.dtype} {frames.shape}")
         video = torch.from_numpy(np.ascontiguousarray(frames)).to(self.device).permute(0, 4, 1, 2, 3)
         posterior = self.vae.encode(video.float() / 127.5 - 1).latent_dist
-        mean, std = self._statistics()
-        return ((posterior.mode() - mean) / std).cpu()
+        return self._space.normalise(posterior.mode()).cpu()
 
     def lora_targets(self, kind: LoraTargets) -> list[str]:
         """Names of the linears a LoRA of this kind sits on (methods: official train.py for ``"spatialalign"``)."""

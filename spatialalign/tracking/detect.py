@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..errors import ConfigError, TracksError
 from ..geometry import iou
+from .parts import Progress
 
 NO_PHRASE = -1
 """Phrase index of a box whose label is none of the phrases (official string rule only)."""
@@ -64,8 +65,13 @@ class Detections:
 class Detector(Protocol):
     """Finds named things in frames."""
 
-    def detect(self, frames: NDArray[np.uint8], phrases: Sequence[str]) -> list[Detections]:
-        """One :class:`Detections` per frame of ``frames`` (T, H, W, 3), for short noun phrases ("polar bear")."""
+    def detect(
+        self, frames: NDArray[np.uint8], phrases: Sequence[str], progress: Progress | None = None
+    ) -> list[Detections]:
+        """One :class:`Detections` per frame of ``frames`` (T, H, W, 3), for short noun phrases ("polar bear").
+
+        ``progress`` is only given by callers who want to know; a detector that cannot tell may do without.
+        """
         ...
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..errors import ConfigError, ModelError
 from ..video import check_frames
 from .detect import Detections, caption, clean_phrase, from_spans, from_texts, phrase_scores, token_spans
-from .parts import PROCESSOR, TOKENIZER, WEIGHTS, guarded, require_local
+from .parts import PROCESSOR, TOKENIZER, WEIGHTS, Progress, guarded, require_local
 from .preprocess import Preprocess
 
 Forward = Callable[[torch.Tensor, str], tuple[torch.Tensor, torch.Tensor, Sequence[int]]]
@@ -76,7 +76,9 @@ class GroundingDinoDetector:
         model = guarded(str(name), lambda: AutoModelForZeroShotObjectDetection.from_pretrained(str(name)))
         return cls(model.to(device).eval(), tokenizer, preprocess, matching or Matching(), batch)
 
-    def detect(self, frames: NDArray[np.uint8], phrases: Sequence[str]) -> list[Detections]:
+    def detect(
+        self, frames: NDArray[np.uint8], phrases: Sequence[str], progress: Progress | None = None
+    ) -> list[Detections]:
         """See :meth:`spatialalign.tracking.detect.Detector.detect`."""
         return detect_frames(
             self._forward,
@@ -87,6 +89,7 @@ class GroundingDinoDetector:
             phrases,
             self.batch,
             _place(self.model),
+            progress,
         )
 
     def _forward(self, pixels: torch.Tensor, text: str) -> tuple[torch.Tensor, torch.Tensor, Sequence[int]]:
@@ -111,6 +114,7 @@ def detect_frames(
     phrases: Sequence[str],
     batch: int,
     place: tuple[torch.device, torch.dtype],
+    progress: Progress | None = None,
 ) -> list[Detections]:
     """Run any Grounding DINO over ``frames`` (T, H, W, 3): the shared part of the two backends."""
     check_frames(frames)
@@ -138,6 +142,8 @@ def detect_frames(
                 inside = boxes.clip(0, [chunk.shape[2], chunk.shape[1]] * 2)
                 scores = phrase_scores(p, tokens)
                 found.append(from_spans(inside, scores, names, matching.threshold, matching.overlap))
+        if progress is not None:
+            progress(len(found), len(frames))
     return found
 
 

@@ -25,7 +25,7 @@ from ..errors import ModelError
 from ._compat import bert_with_mask_helpers
 from .detect import Detections
 from .grounding_dino import Matching, detect_frames
-from .parts import guarded
+from .parts import Progress, guarded
 from .preprocess import Preprocess
 from .sam import check_prompts
 from .segment import Propagation
@@ -53,6 +53,7 @@ class OriginalGroundingDino:
         matching: Matching | None = None,
         config: Mapping[str, Any] | None = None,
         preprocess: Preprocess | None = None,
+        batch: int = 4,
     ) -> OriginalGroundingDino:
         """Load ``groundingdino_swint_ogc.pth`` or ``groundingdino_swinb_cogcoor.pth``.
 
@@ -75,14 +76,16 @@ class OriginalGroundingDino:
                 "give the config the checkpoint was trained with"
             )
         model = model.to(device).eval()
-        return cls(model, preprocess or Preprocess(_OFFICIAL_SIZE), matching or Matching())
+        return cls(model, preprocess or Preprocess(_OFFICIAL_SIZE), matching or Matching(), batch)
 
-    def detect(self, frames: NDArray[np.uint8], phrases: Sequence[str]) -> list[Detections]:
+    def detect(
+        self, frames: NDArray[np.uint8], phrases: Sequence[str], progress: Progress | None = None
+    ) -> list[Detections]:
         """See :meth:`spatialalign.tracking.detect.Detector.detect`."""
         place = next(self.model.parameters()).device, torch.float32
         tokenizer = self.model.tokenizer
         return detect_frames(
-            self._forward, tokenizer, self.preprocess, self.matching, frames, phrases, self.batch, place
+            self._forward, tokenizer, self.preprocess, self.matching, frames, phrases, self.batch, place, progress
         )
 
     def _forward(self, pixels: torch.Tensor, text: str) -> tuple[torch.Tensor, torch.Tensor, Sequence[int]]:
@@ -100,7 +103,8 @@ def build_grounding_dino(name: str, bert: str | Path, config: Mapping[str, Any] 
         module = import_module(f"groundingdino.config.{name}")
     except ImportError as error:
         raise ModelError(
-            f"groundingdino-py cannot be imported ({error}); install it: pip install 'spatialalign[original]'"
+            f"groundingdino-py cannot be imported ({error}); install it: pip install 'spatialalign[original]', "
+            "or take the model's transformers folder (IDEA-Research/grounding-dino-tiny), which needs no extra library"
         ) from error
     values = {key: value for key, value in vars(module).items() if not key.startswith("_")}
     # Gradient checkpointing saves memory in training only, and warns when there are no gradients.
@@ -131,22 +135,26 @@ class OriginalSam:
         return cls(model.to(device).eval())
 
     @torch.inference_mode()
-    def segment(self, frames: NDArray[np.uint8], boxes: NDArray[np.float64]) -> Propagation:
+    def segment(
+        self, frames: NDArray[np.uint8], boxes: NDArray[np.float64], progress: Progress | None = None
+    ) -> Propagation:
         """See :meth:`spatialalign.tracking.segment.FrameSegmenter.segment`; one frame at a time."""
         check_prompts(frames, boxes)
         predictor = import_module("segment_anything").SamPredictor(self.model)
         masks = np.zeros((len(frames), 2, *frames.shape[1:3]), dtype=bool)
         scores = np.zeros((len(frames), 2))
-        for i, frame in enumerate(frames):
-            things = np.flatnonzero(~np.isnan(boxes[i, :, 0]))
-            if not len(things):
-                continue
-            predictor.set_image(frame)
-            scaled = predictor.transform.apply_boxes(boxes[i, things], frame.shape[:2])
+        present = ~np.isnan(boxes[..., 0])
+        wanted = np.flatnonzero(present.any(axis=1))
+        for done, i in enumerate(wanted, 1):
+            things = np.flatnonzero(present[i])
+            predictor.set_image(frames[i])
+            scaled = predictor.transform.apply_boxes(boxes[i, things], frames.shape[1:3])
             prompts = torch.as_tensor(scaled, dtype=torch.float32, device=predictor.device)
             found, quality, _ = predictor.predict_torch(None, None, prompts, multimask_output=False)
             masks[i, things] = found[:, 0].cpu().numpy()
             scores[i, things] = quality[:, 0].clamp(0, 1).cpu().numpy()
+            if progress is not None:
+                progress(done, len(wanted))
         return Propagation(masks, scores)
 
 
@@ -159,7 +167,8 @@ def build_sam(state: Mapping[str, torch.Tensor]) -> Any:
         modeling = import_module("segment_anything.modeling")
     except ImportError as error:
         raise ModelError(
-            f"segment-anything cannot be imported ({error}); install it: pip install 'spatialalign[original]'"
+            f"segment-anything cannot be imported ({error}); install it: pip install 'spatialalign[original]', "
+            "or take the model's transformers folder (facebook/sam-vit-base), which needs no extra library"
         ) from error
     patch = state["image_encoder.patch_embed.proj.weight"]
     side, width = state["image_encoder.pos_embed"].shape[1], patch.shape[0]

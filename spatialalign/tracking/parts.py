@@ -10,6 +10,9 @@ from ..errors import ModelError
 
 T = TypeVar("T")
 
+Progress = Callable[[int, int], None]
+"""``progress(done, total)``, called as frames are finished. What it raises ends the work and reaches the caller."""
+
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 PROCESSOR = ("processor_config.json", "preprocessor_config.json")
 TOKENIZER = ("tokenizer.json", "vocab.txt")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..errors import ModelError, TracksError
 from ..video import check_frames
-from .parts import PROCESSOR, WEIGHTS, guarded, require_local
+from .parts import PROCESSOR, WEIGHTS, Progress, guarded, require_local
 from .preprocess import Preprocess
 from .segment import Propagation
 
@@ -50,7 +50,9 @@ class SamFrameSegmenter:
         model = guarded(str(name), lambda: SamModel.from_pretrained(str(name)))
         return cls(model.to(device).eval(), preprocess, batch)
 
-    def segment(self, frames: NDArray[np.uint8], boxes: NDArray[np.float64]) -> Propagation:
+    def segment(
+        self, frames: NDArray[np.uint8], boxes: NDArray[np.float64], progress: Progress | None = None
+    ) -> Propagation:
         """See :meth:`spatialalign.tracking.segment.FrameSegmenter.segment`."""
         check_prompts(frames, boxes)
         height, width = frames.shape[1:3]
@@ -64,6 +66,8 @@ class SamFrameSegmenter:
             logits, quality = self._forward(frames[chosen], prompts[chosen])
             masks[chosen] = (logits > 0).cpu().numpy()
             scores[chosen] = quality.float().clamp(0, 1).cpu().numpy()
+            if progress is not None:
+                progress(start + len(chosen), len(wanted))
         masks &= present[..., None, None]
         return Propagation(masks, np.where(present, scores, 0.0))
 
@@ -75,7 +79,8 @@ class SamFrameSegmenter:
         height, width = frames.shape[1:3]
         target = self.preprocess.target(height, width)
         scale = np.array([target[1] / width, target[0] / height] * 2)
-        prompts = torch.as_tensor(boxes * scale, device=parameter.device, dtype=parameter.dtype)
+        # In half precision a coordinate would be off by pixels; the model casts what it computes from them.
+        prompts = torch.as_tensor(boxes * scale, device=parameter.device, dtype=torch.float32)
         output = self.model(pixel_values=pixels, input_boxes=prompts, multimask_output=False)
         logits = F.interpolate(output.pred_masks[:, :, 0].float(), self.preprocess.pad, mode="bilinear")
         logits = logits[..., : target[0], : target[1]]

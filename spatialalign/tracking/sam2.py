@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..errors import TracksError
 from ..video import check_frames
-from .parts import WEIGHTS, guarded, require_local
+from .parts import WEIGHTS, Progress, guarded, require_local
 from .preprocess import Preprocess
 from .segment import Propagation
 
@@ -68,20 +68,39 @@ class Sam2VideoPropagator:
         return cls(model, Preprocess({"height": side, "width": side}), batch, prefill, fresh_backward)
 
     @torch.inference_mode()
-    def propagate(self, frames: NDArray[np.uint8], seed_frame: int, boxes: NDArray[np.float64]) -> Propagation:
+    def propagate(
+        self,
+        frames: NDArray[np.uint8],
+        seed_frame: int,
+        boxes: NDArray[np.float64],
+        progress: Progress | None = None,
+    ) -> Propagation:
         """See :meth:`spatialalign.tracking.segment.Propagator.propagate`. The score is SAM 2's presence probability."""
         check_frames(frames)
         if not 0 <= seed_frame < len(frames):
             raise TracksError(f"seed frame {seed_frame} is not within 0 to {len(frames) - 1}")
         if boxes.shape != (2, 4) or not np.isfinite(boxes).all():
             raise TracksError(f"the seed frame needs two boxes (2, 4) without NaN, found {boxes.tolist()}")
+        count, height, width = frames.shape[:3]
+        masks, scores = np.zeros((count, 2, height, width), dtype=bool), np.zeros((count, 2))
+        # Encoded, then visited; the seed is visited twice when there are frames before it.
+        encoded = count if self.prefill else 0
+        steps = encoded + count + (seed_frame > 0)
         session = self._session(frames)
-        height, width = frames.shape[1:3]
-        masks, scores = np.zeros((len(frames), 2, height, width), dtype=bool), np.zeros((len(frames), 2))
-        for output in self._walk(session, seed_frame, boxes, (height, width)):
-            logits = F.interpolate(output.pred_masks.float(), (height, width), mode="bilinear", align_corners=False)
-            masks[output.frame_idx] = (logits[:, 0] > 0).cpu().numpy()
-            scores[output.frame_idx] = output.object_score_logits.float().sigmoid().reshape(2).cpu().numpy()
+        try:
+            if self.prefill:
+                for done in self._fill(session, frames):
+                    if progress is not None:
+                        progress(done, steps)
+            for done, output in enumerate(self._walk(session, seed_frame, boxes, (height, width)), encoded + 1):
+                logits = F.interpolate(output.pred_masks.float(), (height, width), mode="bilinear", align_corners=False)
+                masks[output.frame_idx] = (logits[:, 0] > 0).cpu().numpy()
+                scores[output.frame_idx] = output.object_score_logits.float().sigmoid().reshape(2).cpu().numpy()
+                if progress is not None:
+                    progress(done, steps)
+        finally:
+            # An exception keeps this frame alive until someone has handled it; the memory must not wait for that.
+            session.reset_inference_session()
         return Propagation(masks, scores)
 
     def _walk(self, session: Any, seed: int, boxes: NDArray[np.float64], size: tuple[int, int]) -> Iterator[Any]:
@@ -114,14 +133,14 @@ class Sam2VideoPropagator:
             dtype=dtype,
             max_vision_features_cache_size=len(frames) if self.prefill else 1,
         )
-        if self.prefill:
-            self._fill(session, frames, device, dtype)
         return session
 
-    def _fill(self, session: Any, frames: NDArray[np.uint8], device: torch.device, dtype: torch.dtype) -> None:
+    def _fill(self, session: Any, frames: NDArray[np.uint8]) -> Iterator[int]:
+        """Encode all frames in batches; yields how many are done."""
+        parameter = next(self.model.parameters())
         positions: list[torch.Tensor] | None = None
         for start in range(0, len(frames), self.batch):
-            pixels = self.preprocess(frames[start : start + self.batch], device, dtype)
+            pixels = self.preprocess(frames[start : start + self.batch], parameter.device, parameter.dtype)
             features = self.model.get_image_features(pixels, return_dict=True)
             if positions is None:
                 # Constant over frames, and five times the size of the features: kept once, shared by all.
@@ -129,13 +148,15 @@ class Sam2VideoPropagator:
             for i in range(len(pixels)):
                 own = [level[:, i : i + 1] for level in features.fpn_hidden_states]
                 session.cache.cache_vision_features(start + i, {"vision_feats": own, "vision_pos_embeds": positions})
+            yield start + len(pixels)
 
     def _prompt(self, session: Any, seed: int, boxes: NDArray[np.float64], size: tuple[int, int]) -> None:
         target = self.preprocess.target(*size)
         scale = np.array([target[1] / size[1], target[0] / size[0]] * 2)
         for thing, box in enumerate(boxes * scale):
             index = session.obj_id_to_idx(thing)
-            corners = torch.as_tensor(box.reshape(1, 1, 2, 2), dtype=session.dtype)
+            # In half precision a coordinate would be off by pixels; the model casts what it computes from them.
+            corners = torch.as_tensor(box.reshape(1, 1, 2, 2), dtype=torch.float32)
             labels = torch.tensor([[[_TOP_LEFT, _BOTTOM_RIGHT]]], dtype=torch.int32)
             session.add_point_inputs(index, seed, {"point_coords": corners, "point_labels": labels})
         session.obj_with_new_inputs = [0, 1]

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TracksError
+from .parts import Progress
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,13 @@ class Propagation:
 class Propagator(Protocol):
     """Follows two things through a clip from one frame in which they are known (SAM 2 video)."""
 
-    def propagate(self, frames: NDArray[np.uint8], seed_frame: int, boxes: NDArray[np.float64]) -> Propagation:
+    def propagate(
+        self,
+        frames: NDArray[np.uint8],
+        seed_frame: int,
+        boxes: NDArray[np.float64],
+        progress: Progress | None = None,
+    ) -> Propagation:
         """Masks in all of ``frames`` (T, H, W, 3) from ``boxes`` (2, 4) in ``seed_frame``, both ways in time."""
         ...
 
@@ -40,7 +47,9 @@ class Propagator(Protocol):
 class FrameSegmenter(Protocol):
     """Segments what boxes enclose, frame by frame (SAM on images)."""
 
-    def segment(self, frames: NDArray[np.uint8], boxes: NDArray[np.float64]) -> Propagation:
+    def segment(
+        self, frames: NDArray[np.uint8], boxes: NDArray[np.float64], progress: Progress | None = None
+    ) -> Propagation:
         """Masks in ``frames`` (T, H, W, 3) for ``boxes`` (T, 2, 4); four NaN mean no box and give an empty mask."""
         ...
 

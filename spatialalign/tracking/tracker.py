@@ -15,6 +15,7 @@ from ..score import Limits
 from ..tracks import Tracks
 from ..video import check_frames
 from .detect import Detections, Detector, clean_phrase
+from .parts import Progress
 from .segment import FrameSegmenter, Propagation, Propagator, boxes_from_masks
 from .validity import Verdict, classify_frames, paper_verdict, robust_verdict
 
@@ -51,18 +52,23 @@ class Tracker:
         if not 0 <= self.agreement <= 1 or not 0 <= self.unconfirmed <= 1:
             raise ConfigError(f"agreement {self.agreement} and unconfirmed {self.unconfirmed} must lie in [0, 1]")
 
-    def track(self, frames: NDArray[np.uint8], subject: str, object: str, fps: float) -> Tracks:
+    def track(
+        self, frames: NDArray[np.uint8], subject: str, object: str, fps: float, progress: Progress | None = None
+    ) -> Tracks:
         """Tracks of ``subject`` and ``object`` in ``frames`` (T, H, W, 3) uint8.
 
         A clip that the rule refuses comes back with ``invalid`` set (and the detector's best boxes, so that one can
-        see why); a clip of one frame likewise. Raises :class:`~spatialalign.errors.VideoError` for frames that are no
-        frames, and :class:`ConfigError` when both words are the same.
+        see why); a clip of one frame likewise. ``progress`` hears of detection as the first half of the work and of
+        segmentation as the second; what it raises ends the tracking, and no state stays behind. Raises
+        :class:`~spatialalign.errors.VideoError` for frames that are no frames, and :class:`ConfigError` when both words
+        are the same.
         """
         check_frames(frames)
         if clean_phrase(subject) == clean_phrase(object):
             raise ConfigError(f"subject and object are both {clean_phrase(subject)!r}; nothing can tell them apart")
         limits = self.limits or Limits.for_frames(len(frames))
-        detections = self.detector.detect(frames, (subject, object))
+        halves = 1 if self.segmenter is None else 2
+        detections = self.detector.detect(frames, (subject, object), *_part(progress, 0, halves))
         if len(detections) != len(frames):
             raise TracksError(f"the detector answered for {len(detections)} of {len(frames)} frames")
         verdict = self._verdict(detections, limits)
@@ -70,7 +76,8 @@ class Tracker:
         boxes, scores = link(detections, verdict.seed or 0, size)
         masks = None
         if verdict.seed is not None and self.segmenter is not None:
-            boxes, scores, masks = self._segmented(frames, verdict.seed, boxes, scores, detections)
+            told = _part(progress, 1, halves)
+            boxes, scores, masks = self._segmented(frames, verdict.seed, boxes, scores, detections, told)
         return Tracks(
             boxes=boxes,
             confidence=scores,
@@ -96,17 +103,23 @@ class Tracker:
         return robust_verdict(detections, limits)
 
     def _segmented(
-        self, frames: NDArray[np.uint8], seed: int, boxes: Floats, scores: Floats, detections: Sequence[Detections]
+        self,
+        frames: NDArray[np.uint8],
+        seed: int,
+        boxes: Floats,
+        scores: Floats,
+        detections: Sequence[Detections],
+        told: tuple[Progress, ...],
     ) -> tuple[Floats, Floats, NDArray[np.bool_]]:
         inclusive = self.rule == "paper"
         if isinstance(self.segmenter, Propagator):
-            result = self.segmenter.propagate(frames, seed, boxes[seed])
+            result = self.segmenter.propagate(frames, seed, boxes[seed], *told)
             _check_masks(result, frames)
             found = boxes_from_masks(result.masks, inclusive)
             support = confirmation(boxes_from_masks(result.masks), detections, self.agreement, self.unconfirmed)
             return found, support * result.scores, result.masks
         assert isinstance(self.segmenter, FrameSegmenter)
-        result = self.segmenter.segment(frames, boxes)
+        result = self.segmenter.segment(frames, boxes, *told)
         _check_masks(result, frames)
         found = boxes_from_masks(result.masks)
         with np.errstate(invalid="ignore"):
@@ -188,6 +201,13 @@ def tracks_from_boxes(
     boxes = np.asarray(boxes, dtype=np.float64)
     given = np.ones(boxes.shape[:2]) if confidence is None else confidence
     return Tracks(boxes, given, labels, size, fps, source=source)
+
+
+def _part(progress: Progress | None, number: int, parts: int) -> tuple[Progress, ...]:
+    """What to hand to part ``number`` of ``parts`` of the work, so that its own count becomes one of the whole."""
+    if progress is None:
+        return ()
+    return (lambda done, total: progress(number * total + done, parts * total),)
 
 
 def _centre(boxes: Floats) -> Floats:

@@ -16,15 +16,17 @@ from spatialalign.errors import LoraError
 from spatialalign.lora import (
     LoraPair,
     adapter_metadata,
-    diffusers_name,
+    fit_lora,
+    linear_names,
     load_lora,
-    original_name,
     parse_lora,
     read_lora,
     save_lora,
+    training_notes,
     unload_lora,
     write_pairs,
 )
+from spatialalign.wan_modules import diffusers_name, original_name
 
 K = "blocks.0.attn2.to_k"
 TEXT = "condition_embedder.text_embedder.linear_1"
@@ -67,33 +69,53 @@ def merged(pairs: dict[str, LoraPair]) -> Tensor:
     return velocity(model)
 
 
+A_B = ("lora_A.weight", "lora_B.weight")
+DOWN_UP = ("lora_down.weight", "lora_up.weight")
+NAMED = ("lora_A.default.weight", "lora_B.default.weight")
+DIALECTS = {
+    # prefix, names of the modules, spelling of the two matrices, alpha (of rank 4) or None
+    "ours for ComfyUI": ("diffusion_model.", "original", A_B, None),
+    "ours for diffusers": ("transformer.", "diffusers", A_B, None),
+    "official lora_only": ("", "original", NAMED, None),
+    "ComfyUI with alpha": ("diffusion_model.", "original", A_B, 8.0),
+    "ComfyUI, down and up": ("diffusion_model.", "original", DOWN_UP, 2.0),
+    "ComfyUI, lora.down": ("diffusion_model.", "original", ("lora.down.weight", "lora.up.weight"), None),
+    "ComfyUI, adapter named": (
+        "diffusion_model.",
+        "original",
+        ("lora_A.my-lora.weight", "lora_B.my-lora.weight"),
+        None,
+    ),
+    "ComfyUI prefix, diffusers names": ("diffusion_model.", "diffusers", A_B, None),
+    "diffusers prefix, original names": ("transformer.", "original", A_B, None),
+    "PEFT": ("base_model.model.", "diffusers", A_B, None),
+    "PEFT of a whole pipeline": ("base_model.model.transformer.", "diffusers", A_B, None),
+    "DiffSynth": ("pipe.dit.", "original", NAMED, None),
+    "no prefix, diffusers names": ("", "diffusers", ("lora.down.weight", "lora.up.weight"), None),
+    "bare A and B": ("diffusion_model.", "original", ("lora_A", "lora_B"), None),
+    "kohya": ("lora_unet_", "underscored", DOWN_UP, 4.0),
+    "kohya, diffusers names": ("lora_unet_", "underscored diffusers", DOWN_UP, 1.0),
+    "Wan-Fun": ("lora_unet__", "underscored", DOWN_UP, 2.0),
+    "LyCORIS": ("lycoris_", "underscored", DOWN_UP, 2.0),
+}
+
+
 def dialect(pairs: dict[str, LoraPair], name: str) -> dict[str, Tensor]:
-    """The same update in the spelling of a dialect; alphas are set so that undoing them matters."""
+    """The same update in the spelling of a dialect; an alpha is undone in B, so that leaving it out would show."""
+    prefix, names, (down, up), alpha = DIALECTS[name]
     out: dict[str, Tensor] = {}
     for module, pair in pairs.items():
-        original = original_name(module)
-        assert original is not None
-        if name == "official lora_only":
-            out |= {f"{original}.lora_A.default.weight": pair.down, f"{original}.lora_B.default.weight": pair.up}
-        elif name == "comfy with alpha":
-            key = f"diffusion_model.{original}"
-            out |= {f"{key}.lora_down.weight": pair.down, f"{key}.lora_up.weight": pair.up * 2}
-            out[f"{key}.alpha"] = torch.tensor(2.0)  # rank 4: scale 1/2
-        elif name == "peft":
-            out |= {f"base_model.model.{module}.lora_A.weight": pair.down}
-            out |= {f"base_model.model.{module}.lora_B.weight": pair.up}
-        elif name == "kohya":
-            key = "lora_unet_" + original.replace(".", "_")
-            out |= {f"{key}.lora_down.weight": pair.down, f"{key}.lora_up.weight": pair.up}
-            out[f"{key}.alpha"] = torch.tensor(4.0)
-        elif name == "no prefix, diffusers names":
-            out |= {f"{module}.lora.down.weight": pair.down, f"{module}.lora.up.weight": pair.up}
+        spelt = module if "diffusers" in names else original_name(module)
+        assert spelt is not None
+        key = prefix + (spelt.replace(".", "_") if "underscored" in names else spelt)
+        scale = 1.0 if alpha is None else alpha / 4
+        out |= {f"{key}.{down}": pair.down, f"{key}.{up}": pair.up / scale}
+        if alpha is not None:
+            out[f"{key}.alpha"] = torch.tensor(alpha)
     return out
 
 
-@pytest.mark.parametrize(
-    "name", ["official lora_only", "comfy with alpha", "peft", "kohya", "no prefix, diffusers names"]
-)
+@pytest.mark.parametrize("name", DIALECTS)
 def test_every_dialect_loads_to_the_same_update(
     model: WanTransformer3DModel, pairs: dict[str, LoraPair], tmp_path: Path, name: str
 ) -> None:
@@ -189,17 +211,27 @@ def test_names_are_a_bijection(model: WanTransformer3DModel) -> None:
 
 
 def test_a_file_that_fits_nothing_is_refused(model: WanTransformer3DModel, tmp_path: Path) -> None:
+    """The message shows a few keys of the file and of the model, in the names that the model has."""
     save_file({"lora_te_text_model.lora_down.weight": torch.zeros(4, 4)}, tmp_path / "other.safetensors")
-    with pytest.raises(LoraError, match="0 of 1 keys"):
+    with pytest.raises(LoraError, match=r"0 of 1 keys.*lora_te_text_model.*the model has condition_embedder"):
         load_lora(model, tmp_path / "other.safetensors")
+    sizes = {"blocks.0.cross_attn.k": (12, 12)}
+    with pytest.raises(LoraError, match=r"the model has blocks\.0\.cross_attn\.k\)"):
+        fit_lora(tmp_path / "other.safetensors", sizes)
+    with pytest.raises(LoraError, match=r"none of Wan's layers \(it has double_blocks\.0\.img_attn\.qkv\)"):
+        fit_lora(tmp_path / "other.safetensors", {"double_blocks.0.img_attn.qkv": (4, 4)})
 
 
 def test_a_partly_fitting_file_reports_the_rest(
     model: WanTransformer3DModel, pairs: dict[str, LoraPair], tmp_path: Path
 ) -> None:
-    tensors = dialect(pairs, "official lora_only") | {"blocks.9.cross_attn.k.lora_A.weight": torch.zeros(4, 12)}
-    save_file(tensors, tmp_path / "more.safetensors")
-    assert load_lora(model, tmp_path / "more.safetensors").unmatched == ("blocks.9.cross_attn.k.lora_A.weight",)
+    beyond = "blocks.9.cross_attn.k.lora_{}.weight"
+    more = {beyond.format("A"): torch.zeros(4, 12), beyond.format("B"): torch.zeros(12, 4)}
+    more["blocks.0.norm3.diff_b"] = torch.zeros(12)
+    save_file(dialect(pairs, "official lora_only") | more, tmp_path / "more.safetensors")
+    assert set(load_lora(model, tmp_path / "more.safetensors").unmatched) == set(more)
+    fitted = fit_lora(tmp_path / "more.safetensors", linear_names(tiny()))
+    assert (set(fitted.pairs), fitted.unmatched_pairs) == (set(pairs), 1)
 
 
 def test_another_models_lora_is_named_by_its_sizes(pairs: dict[str, LoraPair], tmp_path: Path) -> None:
@@ -208,12 +240,29 @@ def test_another_models_lora_is_named_by_its_sizes(pairs: dict[str, LoraPair], t
         load_lora(tiny(text_dim=20), tmp_path / "c.safetensors")
 
 
+def test_known_models_are_named_by_their_width(tmp_path: Path) -> None:
+    file, other = tmp_path / "c.safetensors", tmp_path / "d.safetensors"
+    write_pairs({K: LoraPair(torch.zeros(4, 5120), torch.zeros(5120, 4))}, file, other, {})
+    with pytest.raises(LoraError, match=r"1536x1536 \(Wan 1\.3B\) here and 5120x5120 \(Wan 14B\) in the file; load it"):
+        fit_lora(file, {"blocks.0.cross_attn.k": (1536, 1536)})
+    write_pairs({K: LoraPair(torch.zeros(4, 4096), torch.zeros(128, 4))}, file, other, {})
+    with pytest.raises(LoraError, match=r"1536x4096 \(Wan 1\.3B\) here and 128x4096 \(the miniature\) in the file"):
+        fit_lora(file, {K: (1536, 4096)})
+
+
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
         ({f"{K}.lora_A.weight": torch.zeros(4, 12)}, "A and B are needed"),
         ({f"{K}.lora_A.weight": torch.zeros(4, 12), f"{K}.lora_B.weight": torch.zeros(12, 3)}, "do not multiply"),
-        ({f"{K}.lora_magnitude_vector": torch.zeros(12)}, "DoRA"),
+        ({f"{K}.lora_magnitude_vector": torch.zeros(12)}, "DoRA.*export it as a plain LoRA"),
+        ({f"diffusion_model.{K}.dora_scale": torch.zeros(12)}, "DoRA"),
+        ({f"lycoris_{K.replace('.', '_')}.hada_w1_a": torch.zeros(4, 12)}, "LoHa"),
+        ({f"{K}.lora_mid.weight": torch.zeros(4, 4)}, "more than an A and a B"),
+        (
+            {f"{prefix}{K}.lora_A.weight": torch.zeros(4, 12) for prefix in ("transformer.", "diffusion_model.")},
+            "second LoRA",
+        ),
     ],
 )
 def test_damaged_or_foreign_adapters_are_refused(tensors: dict[str, Tensor], message: str) -> None:
@@ -225,5 +274,19 @@ def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"nonsense")
     with pytest.raises(LoraError, match="not a readable"):
         read_lora(tmp_path / "x.safetensors")
+    save_file({"x": torch.zeros(100)}, tmp_path / "whole.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:-50])
+    for read in (read_lora, adapter_metadata):
+        with pytest.raises(LoraError, match=r"cut\.safetensors is not a readable.*cut short"):
+            read(tmp_path / "cut.safetensors")
     with pytest.raises(LoraError, match="does not exist"):
         read_lora(tmp_path / "absent.safetensors")
+
+
+def test_notes_of_others_and_damaged_ones_are_empty(tmp_path: Path) -> None:
+    assert training_notes({"modelspec.title": "x"}) == {}
+    assert training_notes({"spatialalign": '{"step": 3'}) == {}
+    assert training_notes({"spatialalign": "[3]"}) == {}
+    assert training_notes({"spatialalign": '{"step": 3}'}) == {"step": 3}
+    torch.save({"x": torch.zeros(1)}, tmp_path / "x.ckpt")
+    assert adapter_metadata(tmp_path / "x.ckpt") == {}

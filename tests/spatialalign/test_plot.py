@@ -1,32 +1,29 @@
-"""Pictures: drawn where they should be, in sizes that can be used, for every state a score can be in."""
+"""Pictures of clips: drawn where they should be, in sizes that can be used."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from spatialalign import DSR, Relation, Tracks, dsr_score
+from spatialalign import Tracks
 from spatialalign.errors import TracksError, VideoError
-from spatialalign.plot import COLOURS, contact_sheet, draw_tracks, plot_score, save_png
+from spatialalign.plot import COLOURS, contact_sheet, draw_tracks, save_png
 
-LR = DSR("cat", "box", Relation.LEFT, Relation.RIGHT)
 T, H, W = 17, 64, 64
 
 
-def tracks(masks: bool = True, gap: bool = True) -> Tracks:
+def tracks(masks: bool = True) -> Tracks:
     boxes = np.array([[[2.0 + 3 * i, 10, 12 + 3 * i, 22], [28, 30, 40, 44]] for i in range(T)])
     painted = np.zeros((T, 2, H, W), dtype=bool)
     for i in range(T):
         for thing in range(2):
             x0, y0, x1, y1 = boxes[i, thing].astype(int)
             painted[i, thing, y0:y1, x0:x1] = True
-    if gap:
-        boxes[6:9, 0] = np.nan
-        painted[6:9, 0] = False
+    boxes[6:9, 0] = np.nan
+    painted[6:9, 0] = False
     return Tracks(boxes, np.full((T, 2), 0.9), ("cat", "box"), (H, W), 8, masks=painted if masks else None)
 
 
@@ -81,43 +78,6 @@ def test_foreign_tracks_are_refused(frames: np.ndarray) -> None:
         draw_tracks(frames[1:], tracks())
     with pytest.raises(TracksError, match="the clip is 64 x 32 pixels"):
         draw_tracks(np.ascontiguousarray(frames[:, :, :32]), tracks())
-
-
-def near(image: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
-    return np.asarray((np.abs(image.astype(int) - colour) < 12).all(-1))
-
-
-def test_score_plots_shade_windows_and_gaps() -> None:
-    whole = plot_score(dsr_score(tracks(gap=False), LR), LR)
-    holed = plot_score(dsr_score(tracks(gap=True), LR), LR)
-    assert whole.shape == (420, 960, 3) and whole.dtype == np.uint8
-    grey = (228, 228, 226)
-    # Three of 17 frames are grey (0.18 of about 700 x 300 pixels); without a gap nothing is but the legend.
-    assert near(holed, grey).sum() > 20_000 > near(whole, grey).sum()
-    assert near(whole, (245, 227, 168)).sum() > 5_000, "the two windows"
-    for colour in ((138, 79, 191), (18, 128, 92)):
-        assert near(whole, colour).sum() > 300, "both curves"
-
-
-def test_every_state_of_a_score_can_be_drawn() -> None:
-    good = dsr_score(tracks(), LR)
-    refused = dsr_score(replace(tracks(), invalid="two cats in 17 frames"), LR)
-    empty = dsr_score(replace(tracks(), boxes=np.full((T, 2, 4), np.nan)), LR)
-    still = dsr_score(Tracks(np.tile(tracks().boxes[:1], (1, 1, 1)), np.ones((1, 2)), ("cat", "box"), (H, W), 8), LR)
-    bare = replace(good, robust=None)
-    pictures = [plot_score(score, LR, size=(600, 300)) for score in (good, refused, empty, still, bare)]
-    assert all(picture.shape == (300, 600, 3) for picture in pictures)
-    # Red letters say INVALID on the scale of the refused one.
-    assert near(pictures[1], (184, 69, 58)).sum() > 50
-    assert not refused.valid and not empty.valid and not still.valid
-
-
-def test_plotting_leaves_no_global_figure() -> None:
-    import sys
-
-    plot_score(dsr_score(tracks(), LR), LR, size=(400, 250))
-    pyplot = sys.modules.get("matplotlib.pyplot")
-    assert pyplot is None or not pyplot.get_fignums()
 
 
 def test_contact_sheet_shows_first_and_last_frame() -> None:

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from spatialalign import DSR, DsrScore, Tracks, dsr_score
-from spatialalign.plot import contact_sheet, draw_tracks, plot_score
+from spatialalign.plot import contact_sheet, draw_tracks
+from spatialalign.score_plot import plot_score
 from spatialalign.tracking.keyframes import load_keyframes
 from spatialalign.video import read_video, write_video
 

@@ -79,7 +79,9 @@ def test_training_exports_verified_files(backbone: WanBackbone, paired_store: St
     torch.testing.assert_close(comfy["diffusion_model.blocks.1.cross_attn.v.lora_A.weight"], a)
     torch.testing.assert_close(comfy["diffusion_model.blocks.1.cross_attn.v.lora_B.weight"], b * 2)
     assert b.any()
-    assert adapter_metadata(result.comfy)["step"] == 6
+    notes = adapter_metadata(result.comfy)
+    # One prompt of three is held out; each of the others has one winner and two losers.
+    assert [notes[key] for key in ("step", "targets", "prompts", "pairs")] == [6, "spatialalign", 2, 4]
     assert (
         adapter_metadata(result.diffusers)["pairs_digest"]
         == json.loads((out / "summary.json").read_text())["lora"]["pairs_digest"]
@@ -180,7 +182,7 @@ def test_changed_settings_or_pairs_are_named(backbone: WanBackbone, paired_store
 
 
 def test_two_runs_in_one_folder(backbone: WanBackbone, paired_store: Store, tmp_path: Path) -> None:
-    from training.claims import exclusive
+    from spatialalign.claims import exclusive
 
     out = tmp_path / "out"
     with exclusive(out / ".lock", "x"), pytest.raises(StoreError, match=f"in use by process {os.getpid()}"):

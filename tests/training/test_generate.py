@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from spatialalign.backbones.wan import WanBackbone
+from spatialalign.claims import try_claim
 from spatialalign.errors import ConfigError, DataError, StoreError
 from spatialalign.lora import LoraPair, write_pairs
 from spatialalign.prompts import read_csv
 from spatialalign.video import read_video
-from training.claims import try_claim
 from training.generate import generate, main
 from training.stages import parse_seeds
 from training.store import Store

@@ -12,26 +12,9 @@ from hypothesis import strategies as st
 
 from spatialalign.errors import ConfigError, DataError
 from spatialalign.files import write_json
-from training.pairs import PairStream, PromptPairs, classify, digest, manifest, read_pairs, split_pairs
+from training.pairs import PairStream, PromptPairs, digest, manifest, read_pairs, split_pairs
 
 PROMPTS = (PromptPairs("a", (0,), (1, 2, 3)), PromptPairs("b", (4, 5), (6,)))
-
-
-@pytest.mark.parametrize(
-    ("score", "expected"),
-    [
-        (0.7, "winner"),  # exactly 0.7 is a winner, though Correct@0.7 of the official code counts it wrong
-        (1.0, "winner"),
-        (0.6999, "loser"),
-        (-1.0, "loser"),
-        (-1.001, None),
-        (-100.0, None),  # the official mark of an INVALID clip
-        (None, None),
-        (float("nan"), None),
-    ],
-)
-def test_classify(score: float | None, expected: str | None) -> None:
-    assert classify(score) == expected
 
 
 def test_the_stream_is_a_pure_function_of_seed_and_index() -> None:

@@ -15,7 +15,7 @@ from spatialalign.prompts import Prompt
 from spatialalign.score import dsr_score
 from spatialalign.tracks import Tracks
 from spatialalign.video import write_video
-from training.score import main, read_score, score
+from training.score import main, score
 from training.store import LatentsHeader, Sample, Store
 
 TEXT = "In a quiet room, a cat is on the left of a box, then the cat walks to the right of the box."
@@ -65,7 +65,7 @@ def test_scores_are_those_of_the_tracks(store: Store) -> None:
     assert tracker.calls == [("cat", "box")] * 2
     sample = store.sample("0001_LR", 0)
     expected = dsr_score(Tracks.load(sample.tracks), DSR.parse(TEXT))
-    assert read_score(sample).score == expected.score
+    assert sample.read_score().score == expected.score
     assert expected.score is not None
     assert expected.score > 0.9  # the cat does walk over
     assert json.loads(sample.score.read_text())["tracker"] == "truth"
@@ -83,7 +83,7 @@ def test_a_score_without_tracks_is_redone(store: Store) -> None:
     sample = store.sample("0001_LR", 0)
     sample.tracks.unlink()
     with pytest.raises(DataError, match="no tracks beside it"):
-        read_score(sample)
+        sample.read_score()
     tracker = TrueTracker()
     assert run(store, tracker) == (1, 1, [])
     assert len(tracker.calls) == 1
@@ -96,7 +96,7 @@ def test_a_damaged_or_outdated_score_is_made_from_the_tracks(store: Store, conte
     tracker = TrueTracker()
     assert run(store, tracker) == (1, 1, [])
     assert tracker.calls == []
-    assert read_score(store.sample("0001_LR", 1)).valid
+    assert store.sample("0001_LR", 1).read_score().valid
 
 
 def test_damaged_tracks_are_made_again(store: Store) -> None:
@@ -147,7 +147,7 @@ def test_one_frame_is_scored_as_invalid(tmp_path: Path) -> None:
     fill(sample)
     write_video(sample.video, np.zeros((1, 64, 64, 3), dtype=np.uint8), 8)
     assert run(store, TrueTracker()) == (1, 0, [])
-    assert not read_score(sample).valid
+    assert not sample.read_score().valid
 
 
 def test_the_program_scores_again_without_models(store: Store, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from spatialalign.errors import StoreError
+from .errors import StoreError
 
 _EMPTY_GRACE_S = 60.0  # a claim is created and then written; an empty one that is older belongs to a killed process
 

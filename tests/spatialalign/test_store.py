@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from spatialalign.claims import exclusive, try_claim
 from spatialalign.errors import DataError, StoreError
 from spatialalign.prompts import Prompt
-from training.claims import exclusive, try_claim
-from training.store import LatentsHeader, Sample, Store
+from spatialalign.store import LatentsHeader, Sample, Store, classify
 
 TEXT = "In a quiet room, a cat is on the left of a box, then the cat walks to the right of the box."
 HEADER = LatentsHeader("space", "model", {"steps": 3}, "digest")
@@ -207,7 +207,7 @@ def test_a_claim_excludes_and_is_released(sample: Sample) -> None:
 def test_the_claim_of_a_killed_process_is_taken_over(sample: Sample) -> None:
     """A real process claims and is killed before it can release."""
     code = (
-        "import sys, time; from pathlib import Path; from training.claims import try_claim;"
+        "import sys, time; from pathlib import Path; from spatialalign.claims import try_claim;"
         "print(try_claim(Path(sys.argv[1])), flush=True); time.sleep(60)"
     )
     path = sample.folder / ".claim-generate"
@@ -237,3 +237,20 @@ def test_an_empty_claim_is_live_for_a_moment_only(tmp_path: Path) -> None:
     assert not try_claim(path)
     os.utime(path, (time.time() - 3600, time.time() - 3600))
     assert try_claim(path)
+
+
+@pytest.mark.parametrize(
+    ("score", "expected"),
+    [
+        (0.7, "winner"),  # exactly 0.7 is a winner, though Correct@0.7 of the official code counts it wrong
+        (1.0, "winner"),
+        (0.6999, "loser"),
+        (-1.0, "loser"),
+        (-1.001, None),
+        (-100.0, None),  # the official mark of an INVALID clip
+        (None, None),
+        (float("nan"), None),
+    ],
+)
+def test_classify(score: float | None, expected: str | None) -> None:
+    assert classify(score) == expected

@@ -1,0 +1,1 @@
+"""The ComfyUI nodes. ComfyUI imports them under the path of this folder, so imports in here are relative."""

@@ -1,0 +1,37 @@
+"""The list of nodes, in the order ComfyUI is given them."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .dataset import CollectSample
+from .lora import LoadAlignedLora
+from .miniature import LoadMiniature
+from .prompt import DsrFromSet, DsrFromText, DsrPrompt
+from .scoring import PickBest, ScoreDsr, ScoreSummary
+from .tracking import DrawTracks, GroundedSamTrack, LoadGroundedSam, TracksFromBoxes, TracksFromMasks
+
+NODES: list[type[io.ComfyNode]] = [
+    DsrPrompt,
+    DsrFromText,
+    DsrFromSet,
+    LoadGroundedSam,
+    GroundedSamTrack,
+    TracksFromMasks,
+    TracksFromBoxes,
+    DrawTracks,
+    ScoreDsr,
+    PickBest,
+    ScoreSummary,
+    LoadAlignedLora,
+    CollectSample,
+    LoadMiniature,
+]
+
+
+class SpatialAlignExtension(ComfyExtension):
+    """What ComfyUI asks for the nodes."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """All nodes of the pack."""
+        return NODES

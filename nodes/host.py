@@ -1,0 +1,294 @@
+"""Everything the pack asks of ComfyUI. No other file of the pack names ``comfy`` or ``folder_paths``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
+
+from ..spatialalign.errors import LoraError, ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+MODEL_FOLDERS = ("grounding-dino", "sam2", "sams")
+"""Folders below ``models`` that the pack adds to the host's own list."""
+
+_WEIGHTS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+_PREFIX = "diffusion_model."
+
+
+def input_directory() -> Path:
+    """ComfyUI's input folder."""
+    import folder_paths
+
+    return Path(folder_paths.get_input_directory())
+
+
+def output_directory() -> Path:
+    """ComfyUI's output folder."""
+    import folder_paths
+
+    return Path(folder_paths.get_output_directory())
+
+
+def temp_directory() -> Path:
+    """ComfyUI's folder for files that live as long as the server."""
+    import folder_paths
+
+    return Path(folder_paths.get_temp_directory())
+
+
+def _roots(folder: str) -> list[Path]:
+    import folder_paths
+
+    if folder in MODEL_FOLDERS:  # appends at most: paths given by extra_model_paths.yaml or another pack stay
+        folder_paths.add_model_folder_path(folder, os.path.join(folder_paths.models_dir, folder))
+    return [Path(root) for root in folder_paths.get_folder_paths(folder)]
+
+
+def model_names(folder: str) -> list[str]:
+    """Sorted names below ``models/<folder>``: weight files, and sub-folders with a ``config.json`` as one name each."""
+    names = set()
+    for root in _roots(folder):
+        for path, folders, files in os.walk(root, followlinks=True):
+            where = Path(path)
+            if where != root and "config.json" in files:
+                names.add(where.relative_to(root).as_posix())
+                folders.clear()
+                continue
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            names |= {(where / name).relative_to(root).as_posix() for name in files if name.endswith(_WEIGHTS)}
+    return sorted(names)
+
+
+def model_path(folder: str, name: str) -> Path:
+    """The file or folder of a name from :func:`model_names`.
+
+    Raises:
+        ModelError: there is none, or the name leads out of the folder.
+    """
+    roots = _roots(folder)
+    asked = PurePath(name)
+    if not asked.parts or asked.anchor or ".." in asked.parts:
+        raise ModelError(f"{name!r} is not a name inside models/{folder}; choose one from the node's list")
+    for root in roots:
+        if (root / asked).exists():
+            return root / asked
+    raise ModelError(
+        f"{name} is not in models/{folder}; put the file, or the whole model folder with its config.json, "
+        f"into {roots[0]} and refresh the page"
+    )
+
+
+def lora_names() -> list[str]:
+    """Names of the LoRA files that ComfyUI lists."""
+    import folder_paths
+
+    return list(folder_paths.get_filename_list("loras"))
+
+
+def lora_path(name: str) -> Path:
+    """The file of a name from :func:`lora_names`; raises :class:`ModelError` as :func:`model_path` does."""
+    return model_path("loras", name)
+
+
+def patcher(module: torch.nn.Module) -> Any:
+    """A ``ModelPatcher`` about a module, so that the host decides when it is on the device.
+
+    The patcher's ``model`` is a ``ModuleList`` that holds the module: the host sets attributes on it, which
+    transformers' models refuse.
+    """
+    import torch
+    from comfy import model_management
+    from comfy.model_patcher import ModelPatcher
+
+    return ModelPatcher(
+        torch.nn.ModuleList([module]),
+        load_device=model_management.get_torch_device(),
+        offload_device=model_management.unet_offload_device(),
+    )
+
+
+def load(patchers: Sequence[Any], memory: int = 0) -> torch.device:
+    """Bring models to the device, whole, and return it; ``memory`` is what their work needs beside them, in bytes."""
+    from comfy import model_management
+
+    model_management.load_models_gpu(list(patchers), memory_required=memory, force_full_load=True)
+    return model_management.get_torch_device()
+
+
+def check_interrupt() -> None:
+    """Raise the host's interrupt exception when the user pressed stop."""
+    from comfy import model_management
+
+    model_management.throw_exception_if_processing_interrupted()
+
+
+class Progress:
+    """The progress bar of the running node; every update is also a point where the user can stop it."""
+
+    def __init__(self, total: int) -> None:
+        from comfy.utils import ProgressBar
+
+        self._bar = ProgressBar(total)
+        self._total = total
+
+    def update(self, done: int, preview: Any = None) -> None:
+        """Show ``done`` of the total, with a preview ``("JPEG", picture, largest side)`` if there is one."""
+        check_interrupt()
+        self._bar.update_absolute(done, self._total, preview)
+
+
+def intermediate(tensor: Tensor) -> Tensor:
+    """The tensor as float32 where the host keeps what passes between nodes."""
+    import torch
+    from comfy import model_management
+
+    return tensor.to(model_management.intermediate_device(), torch.float32)
+
+
+def linear_sizes(model: Any) -> dict[str, tuple[int, int]]:
+    """(out, in) of the linears of a MODEL, by their name in ComfyUI without ``diffusion_model.``."""
+    import torch
+
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in model.model.diffusion_model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+
+
+def with_lora(model: Any, pairs: Mapping[str, tuple[Tensor, Tensor]], strength: float) -> Any:
+    """A clone of a MODEL with weight patches, which compose with those of other LoRA loaders.
+
+    Args:
+        model: the MODEL.
+        pairs: ``(down (rank, in), up (out, rank))`` by a name from :func:`linear_sizes`, alpha folded in.
+        strength: factor of the update ``up @ down``.
+
+    Raises:
+        LoraError: the host did not take a pair.
+    """
+    import comfy.lora
+
+    keys = {f"{_PREFIX}{name}": f"{_PREFIX}{name}.weight" for name in pairs}
+    tensors = {}
+    for name, (down, up) in pairs.items():
+        tensors |= {f"{_PREFIX}{name}.lora_A.weight": down, f"{_PREFIX}{name}.lora_B.weight": up}
+    patched = model.clone()
+    taken = set(patched.add_patches(comfy.lora.load_lora(tensors, keys), strength))
+    refused = sorted(set(keys.values()) - taken)
+    if refused:
+        raise LoraError(f"ComfyUI did not take the LoRA for {len(refused)} of {len(keys)} weights, e.g. {refused[0]}")
+    return patched
+
+
+def latent_to_model(vae: Any, samples: Tensor) -> Tensor:
+    """LATENT samples of a Wan 2.1 VAE, as the sampler hands them out, in the model's normalised space.
+
+    Raises:
+        ModelError: the VAE is not Wan 2.1's.
+    """
+    from comfy.latent_formats import Wan21
+    from comfy.ldm.wan.vae import WanVAE
+
+    if not isinstance(vae.first_stage_model, WanVAE):
+        found = type(vae.first_stage_model).__name__
+        raise ModelError(f"the VAE is a {found}, a Wan 2.1 VAE is needed; connect the VAE that decodes this latent")
+    return Wan21().process_in(samples)
+
+
+def wan_model(state_dict: dict[str, Tensor], shift: float) -> Any:
+    """A MODEL from a Wan 2.1 transformer in original names, in float32, its noise schedule shifted by ``shift``."""
+    import copy
+
+    import comfy.sd
+    import torch
+
+    model = comfy.sd.load_diffusion_model_state_dict(state_dict, model_options={"dtype": torch.float32})
+    if model is None:
+        raise ModelError("ComfyUI does not recognise the weights as a Wan 2.1 model; their names or sizes are wrong")
+    sampling = copy.deepcopy(model.get_model_object("model_sampling"))
+    sampling.set_parameters(shift=shift)
+    model.add_object_patch("model_sampling", sampling)
+    return model
+
+
+def wan_vae(state_dict: dict[str, Tensor]) -> Any:
+    """A VAE from the weights of a Wan 2.1 VAE in original names, in float32."""
+    import comfy.sd
+    import torch
+
+    return comfy.sd.VAE(sd=state_dict, dtype=torch.float32)
+
+
+def wan_clip(state_dict: dict[str, Tensor], config: Mapping[str, Any], tokenizer: Path) -> Any:
+    """A CLIP from a UMT5 encoder of any size: 512 tokens with the padding's output zeroed, as ComfyUI's Wan has them.
+
+    Args:
+        state_dict: weights in transformers' names.
+        config: the encoder's configuration in ComfyUI's terms.
+        tokenizer: folder of a fast tokenizer that ends each text with one token.
+    """
+    from functools import partial
+
+    import comfy.sd
+    import folder_paths
+    import torch
+    from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel, SDTokenizer
+    from comfy.supported_models_base import ClipTarget
+    from comfy.text_encoders.t5 import T5
+    from transformers import PreTrainedTokenizerFast
+
+    encoder = partial(
+        SDClipModel,
+        textmodel_json_config=dict(config),
+        special_tokens={"end": 1, "pad": 0},
+        model_class=T5,
+        enable_attention_masks=True,
+        zero_out_masked=True,
+    )
+    words = partial(
+        SDTokenizer,
+        str(tokenizer),
+        tokenizer_class=PreTrainedTokenizerFast,
+        embedding_key="umt5xxl",
+        embedding_size=config["d_model"],
+        has_start_token=False,
+        pad_with_end=False,
+        pad_token=0,
+        pad_to_max_length=False,
+        max_length=99999999,
+        min_length=512,
+    )
+    target = ClipTarget(
+        partial(SD1Tokenizer, name="umt5xxl", tokenizer=words),
+        partial(SD1ClipModel, name="umt5xxl", clip_model=encoder),
+    )
+    return comfy.sd.CLIP(
+        target,
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        parameters=sum(tensor.numel() for tensor in state_dict.values()),
+        state_dict=[state_dict],
+        model_options={"dtype": torch.float32},
+    )
+
+
+def vae_width(vae: Any) -> int:
+    """Width (``base_dim``) of a Wan 2.1 VAE, the part of its latent space that its files may differ in.
+
+    Raises:
+        ModelError: the VAE is not Wan 2.1's.
+    """
+    from comfy.ldm.wan.vae import WanVAE
+
+    if not isinstance(vae.first_stage_model, WanVAE):
+        found = type(vae.first_stage_model).__name__
+        raise ModelError(
+            f"the VAE is a {found}, a Wan 2.1 VAE is needed (the one of Wan 2.2 A14B, too); connect the VAE that "
+            "decodes this latent"
+        )
+    return int(vae.first_stage_model.dim)

@@ -1,0 +1,46 @@
+"""The pack's own socket types, and what goes in and out of ComfyUI's IMAGE."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from comfy_api.latest import io
+
+from ..spatialalign.errors import VideoError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+DSR_SOCKET = io.Custom("SPATIALALIGN_DSR")
+"""A :class:`~spatialalign.dsr.DSR`: who moves from where to where."""
+TRACKS_SOCKET = io.Custom("SPATIALALIGN_TRACKS")
+"""A :class:`~spatialalign.tracks.Tracks`: boxes of both things in every frame of one clip."""
+SCORE_SOCKET = io.Custom("SPATIALALIGN_SCORE")
+"""A :class:`~spatialalign.score.DsrScore`."""
+GROUNDED_SAM_SOCKET = io.Custom("SPATIALALIGN_GROUNDED_SAM")
+"""A detector and a segmenter, loaded through the host's model management."""
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """IMAGE (T, H, W, C) float 0..1, C at least 3, as uint8 frames (T, H, W, 3); alpha is dropped.
+
+    Raises:
+        VideoError: another shape, or values that are not finite.
+    """
+    import torch
+
+    if images.ndim != 4 or images.shape[-1] < 3 or 0 in images.shape:
+        raise VideoError(f"images: expected a batch (frames, height, width, 3), found the shape {tuple(images.shape)}")
+    frames = images[..., :3].detach().cpu().float()
+    if not torch.isfinite(frames).all():
+        raise VideoError("images: they hold NaN or infinite values; the sampler or the VAE failed, generate again")
+    return (frames.clamp(0, 1) * 255).round().to(torch.uint8).contiguous().numpy()
+
+
+def to_image(frames: np.ndarray) -> Tensor:
+    """uint8 frames (T, H, W, 3), or one picture (H, W, 3), as an IMAGE: float32 0..1, (T, H, W, 3)."""
+    import torch
+
+    pictures = torch.from_numpy(frames.copy()).float() / 255
+    return pictures if pictures.ndim == 4 else pictures[None]
