@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from comfy_api.latest import io
 
 from ..spatialalign.errors import ConfigError, ModelError
+from . import host
 from .sockets import GROUNDED_SAM_SOCKET
 
 if TYPE_CHECKING:
@@ -43,9 +44,10 @@ HUB = {
     "facebook/sam-vit-base": HubModel("sams", "70c1a07f894ebb5b307fd9eaaee97b9dfc16068f", 375),
 }
 """Recommended for real video: MM Grounding DINO and SAM 2.1 base plus. Then the paper's two, and SAM as a light one."""
-_BERT = "google-bert/bert-base-uncased"
-_ALL = HUB | {_BERT: HubModel("grounding-dino", "86b5e0934494bd15c9632b12f734a8a67f723594", 441)}
-_FILES = ("config.json", "model.safetensors", "*processor_config.json", "tokenizer*.json", "vocab.txt")
+_ALL = HUB | {
+    "google-bert/bert-base-uncased": HubModel("grounding-dino", "86b5e0934494bd15c9632b12f734a8a67f723594", 441)
+}
+_FILES = ["config.json", "model.safetensors", "*processor_config.json", "tokenizer*.json", "vocab.txt"]
 
 
 @dataclass(frozen=True)
@@ -162,12 +164,11 @@ def grounded_sam(
     from ..spatialalign.miniature import DETECTOR, SEGMENTER
     from ..spatialalign.tracking.load import load_detector, load_segmenter
     from ..spatialalign.tracking.tracker import Tracker
-    from . import host
 
     if precision != "float32" and (detector.endswith(".pth") or segmenter.endswith(".pth")):
         raise ConfigError(f"precision {precision}: original .pth models run in float32 only; set it to float32")
     path = DETECTOR if detector == MINIATURE else _located(detector, _DETECTORS, download)
-    bert = _located(_BERT, _DETECTORS, download) if detector.endswith(".pth") else _BERT
+    bert = _text_encoder(download) if detector.endswith(".pth") else None
     finder = load_detector(path, rule=rule, batch=BATCH, bert=bert)
     modules, outliner = [finder.model], None
     if segmenter != NONE:
@@ -180,8 +181,6 @@ def grounded_sam(
 
 def _choices(folders: Sequence[str]) -> list[str]:
     """Hub models, and what else is in ``folders``; a hub model that is there under its own name is listed once."""
-    from . import host
-
     hub = [name for name, model in HUB.items() if model.folder in folders]
     here = [name for folder in folders for name in host.model_names(folder)]
     known = {alias for name in _ALL for alias in _aliases(name)}
@@ -194,8 +193,6 @@ def _aliases(name: str) -> tuple[str, ...]:
 
 
 def _located(name: str, folders: Sequence[str], download: bool) -> Path:
-    from . import host
-
     for folder in folders:
         for alias in _aliases(name):
             if alias in host.model_names(folder):
@@ -205,24 +202,29 @@ def _located(name: str, folders: Sequence[str], download: bool) -> Path:
     return _from_hub(name, download)
 
 
+def _text_encoder(download: bool) -> Path:
+    """What an original Grounding DINO needs beside its file. Without its library no one is sent to fetch this."""
+    from ..spatialalign.tracking.load import BERT
+    from ..spatialalign.tracking.original import groundingdino
+
+    groundingdino("models")
+    return _located(BERT, _DETECTORS, download)
+
+
 def _from_hub(name: str, download: bool) -> Path:
-    """The folder of a hub model in the Hugging Face cache, fetched if that is allowed."""
+    """The folder of a hub model in the Hugging Face cache, fetched if that is allowed and its version is pinned."""
     from huggingface_hub import snapshot_download
 
     model = _ALL[name]
-    page = f"https://huggingface.co/{name}" + (f"/tree/{model.revision}" if model.revision else "")
-    remedy = (
-        f"put its files ({page}, {model.megabytes} MB, {model.licence}) into "
-        f"models/{model.folder}/{name.rpartition('/')[2]}"
-    ) + (", or switch download on" if model.revision and not download else "")
-    if download and model.revision is None:
-        raise ModelError(f"{name} is not on this machine, and no verified version of it is known; {remedy}")
+    fetch = download and model.revision is not None
     try:
-        found = snapshot_download(
-            name, revision=model.revision, allow_patterns=list(_FILES), local_files_only=not download
-        )
+        found = snapshot_download(name, revision=model.revision, allow_patterns=_FILES, local_files_only=not fetch)
     except Exception as error:  # the client raises errors of its own, of its HTTP library and of the system
-        if download:
-            raise ModelError(f"{name} could not be downloaded ({type(error).__name__}: {error}); {remedy}") from error
-        raise ModelError(f"{name} is not on this machine; {remedy}") from error
+        reason = f"could not be downloaded ({type(error).__name__}: {error})" if fetch else "is not on this machine"
+        page = f"https://huggingface.co/{name}" + (f"/tree/{model.revision}" if model.revision else "")
+        raise ModelError(
+            f"{name} {reason}; put its files ({page}, {model.megabytes} MB, {model.licence}) into "
+            f"models/{model.folder}/{name.rpartition('/')[2]}"
+            + (", or switch download on" if model.revision and not download else "")
+        ) from error
     return Path(found)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("spatialalign")
 
 _PREFIXES = re.compile(r"(?:(?:base_model\.model|model|diffusion_model|transformer|pipe\.dit)\.)*")
 _UNDERSCORED = re.compile(r"(?:lora_unet|lycoris)_+")
@@ -235,8 +235,6 @@ def fit_lora(path: str | Path, sizes: Mapping[str, tuple[int, int]]) -> Fitted:
                 f"{path} was made for another model size: {module} is {_size(linears[module])} here and "
                 f"{_size(found)} in the file; load it on the model it was trained on"
             )
-    if unmatched:
-        logger.warning("%d of %d keys in %s fit no module, e.g. %s", len(unmatched), len(tensors), path, unmatched[0])
     return Fitted(pairs, tuple(unmatched), metadata)
 
 
@@ -257,6 +255,8 @@ def load_lora(transformer: Any, path: str | Path, adapter: str = "spatialalign",
         LoraError: nothing in the file fits the model, the sizes are another model's, or the name is taken.
     """
     fitted = fit_lora(path, linear_names(transformer))
+    if fitted.unmatched:
+        logger.warning("%d keys in %s fit no module, e.g. %s", len(fitted.unmatched), path, fitted.unmatched[0])
     if adapter in getattr(transformer, "peft_config", {}):
         raise LoraError(f"the model already has an adapter named {adapter!r}; unload it first or use another name")
     transformer.load_lora_adapter(_diffusers_tensors(fitted.pairs, ""), prefix=None, adapter_name=adapter)

@@ -68,21 +68,29 @@ def layers(modules: Iterable[str]) -> str:
             parts["blocks"].add(block[1])
             parts["parts"].add(general.removeprefix(prefix))
     words = []
-    for kind, parts in found.items():
+    for kind in sorted(found, key=_place):
+        parts = found[kind]
         inner = " " + ", ".join(sorted(parts["parts"])) if parts["parts"] and kind != "feed-forward" else ""
         count = len(parts["blocks"])
         words.append(kind + inner + (f" in {count} block{'s' if count > 1 else ''}" if count else ""))
     return "; ".join(words)
 
 
+def _place(kind: str) -> int:
+    """Where a kind of layer stands in a list; what has no name of its own comes last."""
+    names = [name for _, name in _KINDS]
+    return names.index(kind) if kind in names else len(names)
+
+
 def warnings(fitted: Fitted, model: str | None = None) -> list[str]:
     """What a user should know before trusting the LoRA on this model."""
     found = []
+    total = len(fitted.pairs) + fitted.unmatched_pairs
     others = len(fitted.unmatched) - 2 * fitted.unmatched_pairs
     if fitted.unmatched_pairs:
         found.append(
-            f"{fitted.unmatched_pairs} pairs fit no layer of this model (e.g. {fitted.unmatched[0]}): the LoRA is for "
-            "a model with other layers, and only a part of it works here"
+            f"{fitted.unmatched_pairs} of {total} pairs fit no layer of this model (e.g. {fitted.unmatched[0]}): the "
+            "LoRA is for a model with other layers, and only a part of it works here"
         )
     elif others:
         found.append(

@@ -68,11 +68,11 @@ def load_detector(
     device: str = "cpu",
     rule: Literal["robust", "paper"] = "robust",
     batch: int = 8,
-    bert: str | Path = BERT,
+    bert: str | Path | None = None,
 ) -> GroundingDinoDetector | OriginalGroundingDino:
     """Grounding DINO from a transformers folder or hub id, or from an original ``.pth`` file.
 
-    ``bert`` is the text encoder that only a ``.pth`` file needs beside it. Raises
+    ``bert`` is the text encoder that only a ``.pth`` file needs beside it, by default ``BERT`` from the hub. Raises
     :class:`~spatialalign.errors.ModelError` naming the file or the missing part.
     """
     original = _is_original(name)
@@ -84,7 +84,7 @@ def load_detector(
             return GroundingDinoDetector.from_pretrained(name, device, matching, batch)
         from .original import OriginalGroundingDino
 
-        return OriginalGroundingDino.from_pth(name, bert, device, matching, batch=batch)
+        return OriginalGroundingDino.from_pth(name, bert or BERT, device, matching, batch=batch)
 
 
 def load_segmenter(

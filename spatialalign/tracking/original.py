@@ -93,19 +93,23 @@ class OriginalGroundingDino:
         return output["pred_logits"], output["pred_boxes"], self.model.tokenizer(text)["input_ids"]
 
 
-def build_grounding_dino(name: str, bert: str | Path, config: Mapping[str, Any] | None = None) -> Any:
-    """The ``groundingdino`` model of a shipped configuration ``name``, untrained but for BERT.
-
-    Works with transformers 4 and 5; ``groundingdino.util.inference`` (which needs an old ``supervision``) is not used.
-    """
+def groundingdino(part: str) -> Any:
+    """The module ``groundingdino.<part>``; raises :class:`ModelError` saying what to do when it is not installed."""
     try:
-        build_model = import_module("groundingdino.models").build_model
-        module = import_module(f"groundingdino.config.{name}")
+        return import_module(f"groundingdino.{part}")
     except ImportError as error:
         raise ModelError(
             f"groundingdino-py cannot be imported ({error}); install it: pip install 'spatialalign[original]', "
             "or take the model's transformers folder (IDEA-Research/grounding-dino-tiny), which needs no extra library"
         ) from error
+
+
+def build_grounding_dino(name: str, bert: str | Path, config: Mapping[str, Any] | None = None) -> Any:
+    """The ``groundingdino`` model of a shipped configuration ``name``, untrained but for BERT.
+
+    Works with transformers 4 and 5; ``groundingdino.util.inference`` (which needs an old ``supervision``) is not used.
+    """
+    build_model, module = groundingdino("models").build_model, groundingdino(f"config.{name}")
     values = {key: value for key, value in vars(module).items() if not key.startswith("_")}
     # Gradient checkpointing saves memory in training only, and warns when there are no gradients.
     values |= {"use_checkpoint": False, "use_transformer_ckpt": False, "text_encoder_type": str(bert)}

@@ -13,8 +13,8 @@ CLIPS = 4
 
 
 @pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory, backbone: Any) -> list[Any]:
-    """Clips of a sample store, generated and scored by the programs."""
+def scored(tmp_path_factory: pytest.TempPathFactory, comfy: Path) -> list[SimpleNamespace]:
+    """Clips that the programs generated and scored: ``text``, ``video`` and ``score`` of each."""
     from spatialalign.miniature.world import prompts
     from spatialalign.prompts import write_csv
     from training import generate, score
@@ -22,10 +22,13 @@ def samples(tmp_path_factory: pytest.TempPathFactory, backbone: Any) -> list[Any
 
     folder = tmp_path_factory.mktemp("store")
     write_csv(folder / "prompts.csv", prompts("train")[:CLIPS])
-    store = folder / "store"
-    generate.run(generate.Generate("miniature", folder / "prompts.csv", store, seeds="0", device="cpu"))
-    score.run(score.Score(store, device="cpu"))
-    return Store(store).samples()
+    generate.run(generate.Generate("miniature", folder / "prompts.csv", folder / "store", seeds="0", device="cpu"))
+    score.run(score.Score(folder / "store", device="cpu"))
+    store = Store(folder / "store")
+    return [
+        SimpleNamespace(text=store.prompt(one.prompt_id).dsr.prompt(), video=one.video, score=one.read_score())
+        for one in store.samples()
+    ]
 
 
 @pytest.fixture(params=["images", "video"])
@@ -47,21 +50,24 @@ def clip(request: pytest.FixtureRequest, module: Callable[[str], ModuleType]) ->
 
 
 def test_node_and_program_agree(
-    samples: list[Any],
+    scored: list[SimpleNamespace],
     clip: Callable[[Path], dict[str, Any]],
     miniature: SimpleNamespace,
     module: Callable[[str], ModuleType],
     execute: Callable[..., tuple[Any, ...]],
 ) -> None:
     track, score = module("nodes.tracking").GroundedSamTrack, module("nodes.scoring").ScoreDsr
-    assert len(samples) == CLIPS
-    expected = [sample.read_score() for sample in samples]
-    assert any(one.score is not None for one in expected)
-    for sample, one in zip(samples, expected, strict=True):
-        text = sample.store.prompt(sample.prompt_id).dsr.prompt()
-        dsr = module("spatialalign.dsr").DSR.parse(text)
+    assert len(scored) == CLIPS
+    assert any(one.score.score is not None for one in scored)
+    for one in scored:
+        dsr = module("spatialalign.dsr").DSR.parse(one.text)
         tracks = execute(
-            track, grounded_sam=miniature.grounded_sam, dsr=dsr, frames_per_clip=0, overlay=False, **clip(sample.video)
+            track, grounded_sam=miniature.grounded_sam, dsr=dsr, frames_per_clip=0, overlay=False, **clip(one.video)
         )[0]
         result = execute(score, tracks=tracks[0], dsr=dsr, threshold=0.7)[-1]
-        assert result.to_dict() == one.to_dict()
+        # The program gives its detector larger batches, which moves the last bits of its sums.
+        assert result.score == pytest.approx(one.score.score, abs=1e-6)
+        assert result.reason == one.score.reason
+        assert list(result.frames_used) == list(one.score.frames_used)
+        assert list(result.initial_ssr) == pytest.approx(list(one.score.initial_ssr), abs=1e-6, nan_ok=True)
+        assert list(result.final_ssr) == pytest.approx(list(one.score.final_ssr), abs=1e-6, nan_ok=True)

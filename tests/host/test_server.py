@@ -128,32 +128,38 @@ def test_example_workflows_are_templates(server: Server, repo_root: Path) -> Non
         assert json.loads(server.raw(f"/api/workflow_templates/SpatialAlign/{quoted}.json"))["nodes"]
 
 
-def test_the_miniature_end_to_end(server: Server, repo_root: Path) -> None:
-    """Prompt, sampling, decoding, tracking and scoring, queued as a client queues it."""
+@pytest.fixture(scope="module")
+def workflow(repo_root: Path) -> dict[str, Any]:
+    """The example that needs no download, in API format."""
     path = repo_root / "tests" / "workflows_api" / "miniature.json"
-    workflow = json.loads(path.read_text(encoding="utf-8"))
-    done = server.run(workflow)
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+@pytest.fixture(scope="module")
+def history(server: Server, workflow: dict[str, Any]) -> dict[str, Any]:
+    """What the server keeps of its first run of the example."""
+    return server.run(workflow)
+
+
+def test_the_miniature_end_to_end(server: Server, workflow: dict[str, Any], history: dict[str, Any]) -> None:
+    """Prompt, sampling, decoding, tracking and scoring, queued as a client queues it."""
     scored = [key for key, node in workflow.items() if node["class_type"] == "SpatialAlignScore"]
     assert scored
     for key in scored:
-        shown = done["outputs"][key]
+        shown = history["outputs"][key]
         score = re.search(r"DSR-Score (0\.\d+|1\.0+) (passes|fails) 0\.7", "\n".join(shown["text"]))
         assert score, shown["text"]
         picture = server.raw("/view?" + urllib.parse.urlencode(shown["images"][0]))
         assert picture.startswith(b"\x89PNG")
 
 
-def test_a_second_run_is_cached(server: Server, repo_root: Path) -> None:
-    path = repo_root / "tests" / "workflows_api" / "miniature.json"
-    workflow = json.loads(path.read_text(encoding="utf-8"))
-    server.run(workflow)
+def test_a_second_run_is_cached(server: Server, workflow: dict[str, Any], history: dict[str, Any]) -> None:
     messages = dict(server.run(workflow)["status"]["messages"])
     assert set(messages["execution_cached"]["nodes"]) == set(workflow)
 
 
-def test_nothing_is_written_into_the_pack(server: Server, repo_root: Path) -> None:
-    """Last in this file: all of the above has run. Python's own caches aside."""
-    test_the_miniature_end_to_end(server, repo_root)
+def test_nothing_is_written_into_the_pack(server: Server, history: dict[str, Any], repo_root: Path) -> None:
+    """Python's own caches aside."""
     pack = server.base / "custom_nodes" / "SpatialAlign"
     files = [path.relative_to(pack) for path in pack.rglob("*") if path.is_file() and path.suffix != ".pyc"]
     assert [str(path) for path in files if not (repo_root / path).is_file()] == []

@@ -87,14 +87,14 @@ def host_path() -> Iterator[Path]:
     """``comfy_api`` can be imported while this fixture lives: the stand-in's, or a real ComfyUI's on the processor."""
     if not (HOST / "comfy_api" / "latest").is_dir():
         pytest.fail(f"SPATIALALIGN_COMFYUI={COMFYUI} is not a source tree of ComfyUI: it has no comfy_api/latest")
-    sys.path.insert(0, str(HOST))
     before = set(sys.modules)
-    if COMFYUI:
-        from comfy.cli_args import args
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(HOST)
+        if COMFYUI:
+            from comfy.cli_args import args
 
-        args.cpu = True
-    yield HOST
-    sys.path.remove(str(HOST))
+            args.cpu = True
+        yield HOST
     for name in set(sys.modules) - before:
         if name.startswith((str(ROOT), "comfy_api", "folder_paths")):
             del sys.modules[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -291,40 +292,59 @@ def test_an_unchanged_graph_runs_again_when_its_set_was_deleted(run: Any, node: 
 
 
 def test_the_training_programs_take_the_set_over(
-    run: Any, node: Any, clip: Any, module: Any, tmp_path: Path, capsys: Any, miniature_weights: Path
+    run: Any, node: Any, module: Any, tmp_path: Path, capsys: Any, miniature_weights: Path
 ) -> None:
-    """Two prompts with a winner and a loser: mined, trained on, and continued by generate with the same base."""
+    """Clips of the miniature as ComfyUI would hand them over: mined, trained on, and continued with the same base."""
+    pytest.importorskip("diffusers", reason="training needs the extra train")
+    from spatialalign.backbones import load_backbone
     from training.dpo import main as dpo
     from training.generate import main as generate
     from training.mine import main as mine
     from training.score import main as score
 
-    generator = torch.Generator().manual_seed(1)
-    for animal in ("cat", "dog"):
-        for seed in (0, 1):
-            tracks = walk(module, across=seed == 0)
-            one = clip | {"seed": seed, "latent": {"samples": torch.randn(1, 16, 4, 8, 8, generator=generator)}}
-            one["dsr"] = module("spatialalign.dsr").DSR.parse(TEXT.replace("cat", animal))
-            labelled = module("spatialalign.tracks").Tracks(
-                tracks.boxes, tracks.confidence, (animal, "box"), tracks.size, tracks.fps, source="truth"
-            )
-            output = run(node, **one, tracks=labelled)
+    backbone, space = load_backbone("miniature", device="cpu"), LatentSpace(width=8)
+    settings = replace(backbone.default_settings(), steps=2, guidance=1.0)
+    sentences = [TEXT, TEXT.replace("cat", "dog")]
+    texts = backbone.encode_text(sentences)
+    latents = backbone.sample([texts[0], texts[0], texts[1], texts[1]], texts[0], [0, 1, 0, 1], settings)
+    frames = backbone.decode(latents)
+    for number in range(4):
+        dsr = module("spatialalign.dsr").DSR.parse(sentences[number // 2])
+        truth = walk(module, across=number % 2 == 0)
+        output = run(
+            node,
+            dsr=dsr,
+            latent={"samples": space.denormalise(latents[number : number + 1])},
+            positive=[[torch.nn.functional.pad(texts[number // 2], (0, 0, 0, 480))[None, :512], {}]],
+            vae=8,
+            set_name="animals",
+            seed=number % 2,
+            fps=8.0,
+            base_model="miniature",
+            images=torch.from_numpy(frames[number]).float() / 255,
+            tracks=replace(truth, labels=(dsr.subject, dsr.object)),
+        )
     assert "4 clips of 2 prompts, 4 of them scored: 2 winners, 2 losers, 0 INVALID; 2 pairs" in told(output)
     root = Path(output.args[0]).parent.parent
+    store = Store(root)
+    cats = next(prompt for prompt in store.prompts() if prompt.dsr.subject == "cat")
+    sample = store.sample(cats.prompt_id, 1)
+    torch.testing.assert_close(sample.read_latents(), latents[1], atol=1e-5, rtol=1e-5)
+    assert torch.equal(store.read_text(cats.prompt_id), texts[0])
+    assert sample.read_header().space == backbone.latent_space
 
     score(["--store", str(root), "--device", "cpu"])
     assert "0 done, 4 there before" in capsys.readouterr().out
-    mine(["--store", str(root)])
+    mine(["--store", str(root), "--model", "miniature"])
     common = ["--model", "miniature", "--store", str(root), "--device", "cpu"]
     few = ["--steps", "2", "--warmup_steps", "1", "--batch_pairs", "1", "--micro_pairs", "1", "--held_out", "0"]
     dpo([*common, "--out", str(tmp_path / "lora"), "--preset", "miniature", *few])
     assert (tmp_path / "lora" / "lora_comfyui.safetensors").is_file()
 
-    store = Store(root)
-    write_csv(tmp_path / "prompts.csv", store.prompts()[:1])
+    write_csv(tmp_path / "prompts.csv", [cats])
     prompts = [*common, "--prompts", str(tmp_path / "prompts.csv"), "--steps", "1", "--guidance", "1"]
     with pytest.raises(SystemExit):
         generate([*prompts, "--seeds", "0"])
     assert re.search(r"made otherwise \(.*steps not stated there, 1 now.*another store", capsys.readouterr().err)
     generate([*prompts, "--seeds", "5"])
-    assert store.sample(store.prompts()[0].prompt_id, 5).generated
+    assert store.sample(cats.prompt_id, 5).generated

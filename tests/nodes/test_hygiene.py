@@ -73,9 +73,11 @@ def written() -> Iterator[list[str]]:
     def watch(event: str, values: tuple[Any, ...]) -> None:
         if not watching:  # a hook stays for the life of the process
             return
-        changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate")
-        if changes or (event == "open" and values[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
-            seen.extend(os.path.abspath(os.fsdecode(v)) for v in values[:2] if isinstance(v, str | bytes | os.PathLike))
+        if event == "open":
+            changed = values[:1] if values[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) else ()
+        else:
+            changed = values[:2] if event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink") else ()
+        seen.extend(os.path.abspath(os.fsdecode(v)) for v in changed if isinstance(v, str | bytes | os.PathLike))
 
     sys.addaudithook(watch)
     yield seen

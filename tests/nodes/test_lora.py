@@ -115,7 +115,7 @@ def test_our_own_files_tell_their_training(
     patched, report = run(node, model=model, lora=file).args
     expected = weights(model)["text_embedding.0.weight"] + pairs[names[0]].up @ pairs[names[0]].down
     torch.testing.assert_close(weights(patched)["text_embedding.0.weight"], expected)
-    assert "Matched 3 of 3 pairs, rank 4: text embedding; cross-attention v in 2 blocks" in report
+    assert "Matched 3 of 3 pairs, rank 4: cross-attention v in 2 blocks; text embedding" in report
     assert "For the base model miniature" in report
     assert "Trained with SpatialAlign dpo+sft, 200 steps, 31 pairs, beta 50.0" in report
 
@@ -163,8 +163,10 @@ def test_a_part_that_does_not_fit_is_warned_of(
         weights(patched)["blocks.1.cross_attn.k.weight"], weights(model)["blocks.1.cross_attn.k.weight"]
     )
     assert "Matched 2 of 3 pairs" in report
-    assert "WARNING: 1 pairs fit no layer" in report
-    assert any("1 pairs fit no layer" in record.message for record in caplog.records if record.name == "spatialalign")
+    assert "WARNING: 1 of 3 pairs fit no layer" in report
+    assert any(
+        "1 of 3 pairs fit no layer" in record.message for record in caplog.records if record.name == "spatialalign"
+    )
 
 
 def test_a_base_of_another_name_is_warned_of(run: Any, node: Any, model: Any, loras: Path, module: Any) -> None:

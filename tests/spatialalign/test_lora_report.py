@@ -23,7 +23,7 @@ def fitted(modules: list[str], unmatched: tuple[str, ...] = (), **notes: object)
 @pytest.mark.parametrize(
     ("modules", "words"),
     [
-        ([TEXT, *CROSS], "text embedding; cross-attention k, v in 30 blocks"),
+        ([TEXT, *CROSS], "cross-attention k, v in 30 blocks; text embedding"),
         (["blocks.3.attn1.to_out.0"], "self-attention o in 1 block"),
         (["blocks.0.ffn.net.0.proj", "blocks.1.ffn.net.2"], "feed-forward in 2 blocks"),
         (["blocks.0.attn2.add_k_proj", "proj_out"], "cross-attention k_img in 1 block; head"),
@@ -39,7 +39,7 @@ def test_the_report_says_what_the_file_states() -> None:
     notes |= {"scores": {"before": 0.4, "after": 0.7}}
     text = describe(fitted([TEXT, *CROSS], **notes), 0.5)
     assert text.splitlines() == [
-        "Matched 61 of 61 pairs, rank 4: text embedding; cross-attention k, v in 30 blocks",
+        "Matched 61 of 61 pairs, rank 4: cross-attention k, v in 30 blocks; text embedding",
         "For the base model miniature",
         "Trained with SpatialAlign dpo+zo, 200 steps, 12 pairs, beta 50.0",
         "Scores: before 0.4, after 0.7",
@@ -59,7 +59,7 @@ def test_a_part_that_does_not_fit_is_a_warning() -> None:
     beyond = ("blocks.30.cross_attn.k.lora_A.weight", "blocks.30.cross_attn.k.lora_B.weight")
     lora = fitted([TEXT], beyond)
     assert "Matched 1 of 2 pairs" in describe(lora, 1)
-    assert "WARNING: 1 pairs fit no layer of this model (e.g. blocks.30.cross_attn.k" in describe(lora, 1)
+    assert "WARNING: 1 of 2 pairs fit no layer of this model (e.g. blocks.30.cross_attn.k" in describe(lora, 1)
     (words,) = warnings(fitted([TEXT], ("blocks.0.norm3.diff_b",)))
     assert "1 keys are no A and B matrices (e.g. blocks.0.norm3.diff_b)" in words
     assert warnings(fitted([TEXT])) == []

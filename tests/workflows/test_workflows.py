@@ -52,7 +52,8 @@ def widgets(kind: str) -> list[tuple[str, str, dict[str, Any]]]:
     for name, (sort, options) in inputs(kind).items():
         if is_widget(sort):
             found.append((name, sort, options))
-            if options.get("control_after_generate"):
+            # The interface also gives a control to every number of these names.
+            if options.get("control_after_generate") or (sort == "INT" and name in ("seed", "noise_seed")):
                 found.append(("", "CONTROL", {}))
             if options.get("video_upload"):
                 found.append(("", "UPLOAD", {}))
@@ -126,7 +127,10 @@ def _links(ui: Graph) -> list[str]:
 
 def _sockets(node: Graph) -> list[str]:
     declared, info, found = inputs(node["type"]), INFO[node["type"]], []
-    if {slot["name"]: slot["type"] for slot in node["inputs"]} != {name: sort for name, (sort, _) in declared.items()}:
+    linked = {slot["name"] for slot in node["inputs"] if slot["link"] is not None}
+    # A widget has a socket in the file only where it is linked.
+    wanted = {name: sort for name, (sort, _) in declared.items() if not is_widget(sort) or name in linked}
+    if {slot["name"]: slot["type"] for slot in node["inputs"]} != wanted:
         found.append("its inputs are not the declared ones")
     for slot in node["inputs"]:
         if (slot.get("widget", {}).get("name") == slot["name"]) != is_widget(slot["type"]):

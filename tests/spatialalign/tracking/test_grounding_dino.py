@@ -124,6 +124,22 @@ def test_batches_do_not_change_the_boxes(model: Any, tokenizer: Any, clip: np.nd
         assert (a.boxes >= 0).all() and (a.boxes[:, 2] <= 64).all() and (a.boxes[:, 3] <= 48).all()
 
 
+def test_progress_after_every_batch_can_stop_the_rest(model: Any, tokenizer: Any, clip: np.ndarray) -> None:
+    calls: list[tuple[int, int]] = []
+    detector = GroundingDinoDetector(model, tokenizer, Preprocess(SIZE), Matching(threshold=0.0), batch=2)
+    assert len(detector.detect(clip, ["cat", "box"], lambda *call: calls.append(call))) == 5
+    assert calls == [(2, 5), (4, 5), (5, 5)]
+
+    def stop(done: int, total: int) -> None:
+        calls.append((done, total))
+        raise KeyboardInterrupt
+
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        detector.detect(clip, ["cat", "box"], stop)
+    assert calls == [(2, 5)]
+
+
 def test_folder_round_trip_and_missing_parts(
     model: Any, tokenizer: Any, clip: np.ndarray, write_processor: Callable[..., None], tmp_path: Path
 ) -> None:
@@ -200,7 +216,9 @@ def test_original_grounding_dino_from_pth(bert_folder: Path, clip: np.ndarray, t
     loaded = OriginalGroundingDino.from_pth(
         file, bert_folder, matching=Matching(threshold=0.0), config=TINY, preprocess=Preprocess(SIZE)
     )
-    found = loaded.detect(clip[:2], ["cat", "polar bear"])
+    calls: list[tuple[int, int]] = []
+    found = loaded.detect(clip[:2], ["cat", "polar bear"], lambda *call: calls.append(call))
+    assert calls == [(2, 2)]
     with torch.inference_mode():
         pixels = Preprocess(SIZE)(clip[:1], torch.device("cpu"), torch.float32)
         output = made(pixels, captions=["cat. polar bear."])

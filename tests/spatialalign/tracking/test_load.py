@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +23,7 @@ from transformers import (
 
 from spatialalign.errors import ModelError
 from spatialalign.tracking.grounding_dino import OFFICIAL, GroundingDinoDetector, Matching
-from spatialalign.tracking.load import MINIATURE, load_tracker
+from spatialalign.tracking.load import MINIATURE, load_detector, load_segmenter, load_tracker
 from spatialalign.tracking.sam import SamFrameSegmenter
 from spatialalign.tracking.tracker import Tracker
 
@@ -117,3 +120,45 @@ def test_the_miniature_loads() -> None:
         pytest.skip(f"no trained weights in {MINIATURE}; python -m training.miniature builds them")
     tracker = load_tracker("miniature")
     assert isinstance(tracker.detector, GroundingDinoDetector) and isinstance(tracker.segmenter, SamFrameSegmenter)
+
+
+def test_original_files_are_known_by_their_suffix_and_others_are_refused(tmp_path: Path) -> None:
+    for name in ("sam2.1_hiera_large.pt", "dino.safetensors"):
+        (tmp_path / name).write_bytes(b"weights")
+        with pytest.raises(ModelError, match=rf"{name}: a single file of this kind cannot be read; take the model's"):
+            load_detector(tmp_path / name)
+        with pytest.raises(ModelError, match=rf"{name}: a single file of this kind cannot be read; take the model's"):
+            load_segmenter(tmp_path / name)
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ModelError, match=r"other\.pth: not a Grounding DINO checkpoint"):
+        load_detector(tmp_path / "other.pth")
+    with pytest.raises(ModelError, match=r"other\.pth: not a segment-anything checkpoint"):
+        load_segmenter(tmp_path / "other.pth")
+
+
+def test_a_torchvision_of_another_torch_is_named(tmp_path: Path, miniature_weights: Path) -> None:
+    (tmp_path / "torchvision").mkdir()
+    broken = "raise RuntimeError('operator torchvision::nms does not exist')"
+    (tmp_path / "torchvision" / "__init__.py").write_text(broken)
+    program = (
+        "from spatialalign.errors import ModelError\n"
+        "from spatialalign.tracking.load import load_tracker\n"
+        "try:\n"
+        "    load_tracker('miniature')\n"
+        "except ModelError as error:\n"
+        "    print(error)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).resolve().parents[3])])
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr
+    # Some versions of transformers never import it, and then nothing is wrong.
+    assert not done.stdout or (
+        "does not work with torch" in done.stdout
+        and "install the torchvision that belongs to this torch" in done.stdout
+    )

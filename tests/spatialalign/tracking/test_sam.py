@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,27 @@ def test_boxes_are_scaled_to_the_models_pixels(model: Any, clip: np.ndarray) -> 
     np.testing.assert_allclose(prompts[1].numpy(), BOXES, rtol=1e-6)
 
 
+def test_half_precision_moves_no_prompt(model: Any, clip: np.ndarray) -> None:
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    prompts: list[torch.Tensor] = []
+    half.prompt_encoder.register_forward_pre_hook(
+        lambda _, __, kwargs: prompts.append(kwargs["input_boxes"].clone()), with_kwargs=True
+    )
+    found = SamFrameSegmenter(half, sam_preprocess()).segment(clip, BOXES + 0.3)
+    # bfloat16 would make 32.3 a 32.25, and on SAM's side of 1024 pixels be off by up to 2.
+    np.testing.assert_allclose(prompts[0].numpy(), BOXES + 0.3, rtol=1e-6)
+    exact = SamFrameSegmenter(model, sam_preprocess()).segment(clip, BOXES + 0.3)
+    assert (found.masks == exact.masks).mean() > 0.9
+
+
+def test_progress_counts_the_frames_that_have_boxes(model: Any, clip: np.ndarray) -> None:
+    calls: list[tuple[int, int]] = []
+    holed = BOXES.copy()
+    holed[3] = np.nan
+    SamFrameSegmenter(model, sam_preprocess(), batch=3).segment(clip, holed, lambda *call: calls.append(call))
+    assert calls == [(3, 4), (4, 4)]
+
+
 def test_absent_boxes_give_empty_masks_and_change_no_other(model: Any, clip: np.ndarray) -> None:
     segmenter = SamFrameSegmenter(model, sam_preprocess(), batch=3)
     full = segmenter.segment(clip, BOXES)
@@ -168,7 +190,9 @@ def test_original_checkpoint_is_rebuilt_from_its_weights(original: Any, clip: np
     loaded = OriginalSam.from_pth(tmp_path / "sam.pth")
     holed = BOXES.copy()
     holed[2, 1] = np.nan
-    found = loaded.segment(clip, holed)
+    calls: list[tuple[int, int]] = []
+    found = loaded.segment(clip, holed, lambda *call: calls.append(call))
+    assert calls == [(done, 5) for done in range(1, 6)]
     from segment_anything import SamPredictor
 
     predictor = SamPredictor(original)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from typing import Any
 
 import numpy as np
@@ -148,3 +150,65 @@ def test_bad_prompts(model: Any, clip: np.ndarray) -> None:
         propagator.propagate(clip, 5, BOXES)
     with pytest.raises(TracksError, match="two boxes"):
         propagator.propagate(clip, 0, np.full((2, 4), np.nan))
+
+
+def test_progress_counts_encoded_and_visited_frames(model: Any, clip: np.ndarray) -> None:
+    def heard(**options: Any) -> list[tuple[int, int]]:
+        calls: list[tuple[int, int]] = []
+        seed = options.pop("seed", 2)
+        propagator = Sam2VideoPropagator.for_model(model, **options)
+        propagator.propagate(clip, seed, BOXES, lambda done, total: calls.append((done, total)))
+        return calls
+
+    # Five frames encoded in batches of 2, then 3 frames visited from frame 2 to the end and 3 back to the start.
+    assert heard(batch=2) == [(2, 11), (4, 11), (5, 11), *((done, 11) for done in range(6, 12))]
+    assert heard(batch=5, seed=0) == [(done, 10) for done in range(5, 11)]
+    assert heard(prefill=False) == [(done, 6) for done in range(1, 7)]
+
+
+@pytest.mark.parametrize("when", [2, 4, 6, 10])
+def test_an_interrupted_propagation_keeps_no_features(
+    model: Any, clip: np.ndarray, when: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    propagator = Sam2VideoPropagator.for_model(model, batch=2)
+    make, sessions, features = propagator._session, [], []
+
+    def kept(frames: np.ndarray) -> Any:
+        sessions.append(make(frames))
+        return sessions[0]
+
+    def stop(done: int, total: int) -> None:
+        if done >= when:
+            cached = sessions[0].cache._vision_features.values()
+            features.extend(weakref.ref(level) for frame in cached for level in frame["vision_feats"])
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Sam2VideoPropagator, "_session", lambda _, frames: kept(frames))
+    with pytest.raises(KeyboardInterrupt) as held:
+        propagator.propagate(clip, 2, BOXES, stop)
+    # The exception, and with it every frame of the call, is still there; the features are not.
+    assert held.tb is not None and len(features) >= 3 * when // 2 and all(ref() is None for ref in features)
+    assert not sessions[0].cache._vision_features and not sessions[0].output_dict_per_obj
+
+
+def test_a_finished_propagation_keeps_no_features(
+    model: Any, clip: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    propagator = Sam2VideoPropagator.for_model(model)
+    session = propagator._session(clip)
+    monkeypatch.setattr(Sam2VideoPropagator, "_session", lambda *_: session)
+    assert propagator.propagate(clip, 0, BOXES).masks.any()
+    assert not session.cache._vision_features and not session.output_dict_per_obj
+
+
+def test_half_precision_moves_no_prompt(model: Any, clip: np.ndarray) -> None:
+    propagator = Sam2VideoPropagator.for_model(copy.deepcopy(model).to(torch.bfloat16))
+    session = propagator._session(clip)
+    assert session.dtype == torch.bfloat16
+    # bfloat16 has 8 bits: it would make 45.3 * 4 / 3 = 60.4 a 60.5, and on a side of 1024 be off by up to 2 pixels.
+    propagator._prompt(session, 1, BOXES + 9.3, (48, 64))
+    corners = session.point_inputs_per_obj[1][1]["point_coords"].numpy()
+    np.testing.assert_allclose(corners, [[[[39.3, 29.3 * 4 / 3], [55.3, 45.3 * 4 / 3]]]], rtol=1e-6)
+    found = propagator.propagate(clip, 2, BOXES)
+    exact = Sam2VideoPropagator.for_model(model).propagate(clip, 2, BOXES)
+    assert (found.masks == exact.masks).mean() > 0.97

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -225,3 +226,29 @@ def test_masks_and_boxes_from_elsewhere() -> None:
     assert isinstance(by_masks, Tracks) and by_masks.size == (H, W) and by_boxes.confidence[2].tolist() == [1, 0]
     with pytest.raises(TracksError, match="masks must be bool"):
         tracks_from_masks(np.zeros((T, 2, H, W)), LABELS, 8)  # type: ignore[arg-type]
+
+
+def test_progress_is_of_the_whole_work(frames: np.ndarray) -> None:
+    class Telling(GivenDetector):
+        def detect(self, frames: np.ndarray, phrases: Sequence[str], progress: Any = None) -> list[Detections]:
+            for done in (6, 12):
+                progress(done, 12)
+            return super().detect(frames, phrases)
+
+    class TellingPropagator(GivenPropagator):
+        def propagate(
+            self, frames: np.ndarray, seed_frame: int, boxes: np.ndarray, progress: Any = None
+        ) -> Propagation:
+            progress(3, 4)
+            progress(4, 4)
+            return super().propagate(frames, seed_frame, boxes)
+
+    calls: list[tuple[int, int]] = []
+    detector = Telling(told(truth()).frames)
+    Tracker(detector).track(frames, "cat", "box", 8, lambda *call: calls.append(call))
+    assert calls == [(6, 12), (12, 12)]
+    calls.clear()
+    tracker = Tracker(detector, TellingPropagator(painted(truth())))
+    tracker.track(frames, "cat", "box", 8, lambda *call: calls.append(call))
+    # Detection is the first half, propagation the second: 3 of 4 is 7 of 8.
+    assert [done / total for done, total in calls] == [0.25, 0.5, 0.875, 1.0]
