@@ -64,8 +64,9 @@ class TracksFromBoxes(io.ComfyNode):
             display_name="Tracks From Boxes",
             category=CATEGORY,
             description=(
-                "Tracks from boxes with one entry for each frame, e.g. of core's detectors. An entry is a box {x, y, "
-                "width, height} or [x1, y1, x2, y2] in pixels, a list of boxes (the best score is taken), or nothing."
+                "Tracks from boxes with one entry for each frame, e.g. of core's detectors. An entry is a box in "
+                "pixels (x, y, width and height, or x1, y1, x2, y2), a list of boxes (the best score is taken), or "
+                "nothing."
             ),
             inputs=[
                 io.MultiType.Input(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .bridges import TracksFromBoxes, TracksFromMasks
 from .dataset import CollectSample
+from .grounded_sam import LoadGroundedSam
 from .lora import LoadAlignedLora
 from .miniature import LoadMiniature
 from .prompt import DsrFromSet, DsrFromText, DsrPrompt
 from .scoring import PickBest, ScoreDsr, ScoreSummary
-from .tracking import DrawTracks, GroundedSamTrack, LoadGroundedSam, TracksFromBoxes, TracksFromMasks
+from .tracking import DrawTracks, GroundedSamTrack
 
 NODES: list[type[io.ComfyNode]] = [
     DsrPrompt,

@@ -186,19 +186,21 @@ def with_lora(model: Any, pairs: Mapping[str, tuple[Tensor, Tensor]], strength: 
     return patched
 
 
-def latent_to_model(vae: Any, samples: Tensor) -> Tensor:
-    """LATENT samples of a Wan 2.1 VAE, as the sampler hands them out, in the model's normalised space.
+def vae_width(vae: Any) -> int:
+    """Width (``base_dim``) of a Wan 2.1 VAE, the part of its latent space that its files may differ in.
 
     Raises:
         ModelError: the VAE is not Wan 2.1's.
     """
-    from comfy.latent_formats import Wan21
     from comfy.ldm.wan.vae import WanVAE
 
     if not isinstance(vae.first_stage_model, WanVAE):
         found = type(vae.first_stage_model).__name__
-        raise ModelError(f"the VAE is a {found}, a Wan 2.1 VAE is needed; connect the VAE that decodes this latent")
-    return Wan21().process_in(samples)
+        raise ModelError(
+            f"the VAE is a {found}, a Wan 2.1 VAE is needed (the one of Wan 2.2 A14B, too); connect the VAE that "
+            "decodes this latent"
+        )
+    return int(vae.first_stage_model.dim)
 
 
 def wan_model(state_dict: dict[str, Tensor], shift: float) -> Any:
@@ -275,20 +277,3 @@ def wan_clip(state_dict: dict[str, Tensor], config: Mapping[str, Any], tokenizer
         state_dict=[state_dict],
         model_options={"dtype": torch.float32},
     )
-
-
-def vae_width(vae: Any) -> int:
-    """Width (``base_dim``) of a Wan 2.1 VAE, the part of its latent space that its files may differ in.
-
-    Raises:
-        ModelError: the VAE is not Wan 2.1's.
-    """
-    from comfy.ldm.wan.vae import WanVAE
-
-    if not isinstance(vae.first_stage_model, WanVAE):
-        found = type(vae.first_stage_model).__name__
-        raise ModelError(
-            f"the VAE is a {found}, a Wan 2.1 VAE is needed (the one of Wan 2.2 A14B, too); connect the VAE that "
-            "decodes this latent"
-        )
-    return int(vae.first_stage_model.dim)

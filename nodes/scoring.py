@@ -164,12 +164,12 @@ class ScoreSummary(io.ComfyNode):
             display_name="Score Summary",
             category="SpatialAlign/Score",
             description=(
-                "How many of a list of clips are correct: Correct@tau is the share of all clips that score at least "
-                "the threshold tau. INVALID clips count as wrong, and their share is given beside it."
+                "How many of a list of clips are correct: the share of all clips that score at least the threshold "
+                "tau, which the paper calls Correct at tau. INVALID clips count as wrong; their share is given, too."
             ),
             inputs=[
                 SCORE_SOCKET.Input("results", tooltip="A list of results of DSR-Score."),
-                _threshold_input("tau: from this score on a clip is correct. The paper reports Correct@0.7."),
+                _threshold_input("tau: from this score on a clip is correct. The paper reports 0.7."),
             ],
             outputs=[
                 io.Float.Output(display_name="correct", tooltip="Share of all clips that pass the threshold, 0 to 1."),
@@ -178,7 +178,7 @@ class ScoreSummary(io.ComfyNode):
                     display_name="report",
                     tooltip="JSON: rates with their 95% interval, the mean of the valid scores, and every score.",
                 ),
-                io.Image.Output(display_name="plot", tooltip="Correct@tau against tau, with its 95% interval."),
+                io.Image.Output(display_name="plot", tooltip="Correct clips against tau, with the 95% interval."),
             ],
             is_input_list=True,
             is_output_node=True,

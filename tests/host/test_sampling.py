@@ -95,7 +95,9 @@ def test_euler_agrees(
 ) -> None:
     import torch
 
-    native = module("nodes.host").latent_to_model(miniature.vae, sample("euler"))
+    space = module("spatialalign.backbones.latent_space").LatentSpace(module("nodes.host").vae_width(miniature.vae))
+    assert space.name == backbone.latent_space
+    native = space.normalise(sample("euler"))
     text = backbone.encode_text([prompt])[0]
     ours = backbone.sample([text] * len(SEEDS), text, SEEDS, backbone.default_settings())
     assert ours.std() > 0.5  # a clip, not zeros that would agree with anything
@@ -146,11 +148,20 @@ def test_another_shift_can_be_set_behind_it(miniature: SimpleNamespace) -> None:
     assert miniature.model.get_model_object("model_sampling").shift == 3.0
 
 
+def test_latents_are_normalised_as_the_host_does(module: Callable[[str], ModuleType]) -> None:
+    import torch
+    from comfy.latent_formats import Wan21
+
+    latents = torch.randn(2, 16, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    space = module("spatialalign.backbones.latent_space").LatentSpace()
+    torch.testing.assert_close(space.normalise(latents), Wan21().process_in(latents), rtol=0, atol=1e-6)
+
+
 def test_a_vae_of_another_family_is_refused(module: Callable[[str], ModuleType]) -> None:
     import torch
 
     with pytest.raises(module("spatialalign.errors").ModelError, match="Wan 2.1 VAE is needed"):
-        module("nodes.host").latent_to_model(SimpleNamespace(first_stage_model=torch.nn.Identity()), torch.zeros(1))
+        module("nodes.host").vae_width(SimpleNamespace(first_stage_model=torch.nn.Identity()))
 
 
 def test_weights_of_another_model_are_refused(module: Callable[[str], ModuleType]) -> None:

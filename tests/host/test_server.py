@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import pytest
 
 SHIPPED = ("__init__.py", "pyproject.toml", "requirements.txt", "nodes", "spatialalign", "web", "locales", "workflows")
 """What the pack needs inside ComfyUI: neither the training programs nor the tests."""
+SCORE = "SpatialAlignScore"
 START_SECONDS = 600
 RUN_SECONDS = 600
 
@@ -129,36 +130,81 @@ def test_example_workflows_are_templates(server: Server, repo_root: Path) -> Non
 
 
 @pytest.fixture(scope="module")
-def workflow(repo_root: Path) -> dict[str, Any]:
-    """The example that needs no download, in API format."""
-    path = repo_root / "tests" / "workflows_api" / "miniature.json"
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+def workflow(repo_root: Path) -> Callable[[str], dict[str, Any]]:
+    """An example in API format, by name."""
+    folder = repo_root / "tests" / "workflows_api"
+    return lambda name: dict(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
 
 
 @pytest.fixture(scope="module")
-def history(server: Server, workflow: dict[str, Any]) -> dict[str, Any]:
-    """What the server keeps of its first run of the example."""
-    return server.run(workflow)
+def histories(server: Server, workflow: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    """What the server keeps of its first run of each example that needs no download."""
+    return {name: server.run(workflow(name)) for name in ("miniature", "best_of_n", "collect_preferences")}
 
 
-def test_the_miniature_end_to_end(server: Server, workflow: dict[str, Any], history: dict[str, Any]) -> None:
+def _scores(workflow: dict[str, Any], history: dict[str, Any]) -> list[str]:
+    """The scores that the DSR-Score nodes of a workflow show."""
+    shown = [history["outputs"][key]["text"] for key, node in workflow.items() if node["class_type"] == SCORE]
+    return re.findall(r"DSR-Score (\d\.\d+) (?:passes|fails) 0\.7", "\n".join(line for text in shown for line in text))
+
+
+@pytest.mark.parametrize("name", ["miniature", "best_of_n", "collect_preferences"])
+def test_examples_run_to_a_score(
+    server: Server, workflow: Callable[[str], dict[str, Any]], histories: dict[str, Any], name: str
+) -> None:
     """Prompt, sampling, decoding, tracking and scoring, queued as a client queues it."""
-    scored = [key for key, node in workflow.items() if node["class_type"] == "SpatialAlignScore"]
-    assert scored
-    for key in scored:
-        shown = history["outputs"][key]
-        score = re.search(r"DSR-Score (0\.\d+|1\.0+) (passes|fails) 0\.7", "\n".join(shown["text"]))
-        assert score, shown["text"]
-        picture = server.raw("/view?" + urllib.parse.urlencode(shown["images"][0]))
-        assert picture.startswith(b"\x89PNG")
+    assert _scores(workflow(name), histories[name])
+    for key, node in workflow(name).items():
+        if node["class_type"] == SCORE:
+            for picture in histories[name]["outputs"][key]["images"]:
+                assert server.raw("/view?" + urllib.parse.urlencode(picture)).startswith(b"\x89PNG")
 
 
-def test_a_second_run_is_cached(server: Server, workflow: dict[str, Any], history: dict[str, Any]) -> None:
-    messages = dict(server.run(workflow)["status"]["messages"])
-    assert set(messages["execution_cached"]["nodes"]) == set(workflow)
+def test_a_second_run_is_cached(
+    server: Server, workflow: Callable[[str], dict[str, Any]], histories: dict[str, Any]
+) -> None:
+    server.run(workflow("miniature"))
+    messages = dict(server.run(workflow("miniature"))["status"]["messages"])
+    assert set(messages["execution_cached"]["nodes"]) == set(workflow("miniature"))
 
 
-def test_nothing_is_written_into_the_pack(server: Server, history: dict[str, Any], repo_root: Path) -> None:
+def test_the_collected_sample_is_a_training_sample(server: Server, histories: dict[str, Any], backbone: Any) -> None:
+    """Its latents decode to its video in diffusers, its text is ours, and the programs find it in its place."""
+    import numpy as np
+
+    from spatialalign.video import read_video
+    from training.store import Store
+
+    store = Store(server.base / "output" / "spatialalign" / "miniature_set")
+    sample = store.samples()[0]
+    assert len(store.samples()) == 1 and sample.scored and sample.tracks.is_file()
+    assert sample.read_header().space == backbone.latent_space
+    decoded = backbone.decode(sample.read_latents()[None])[0].astype(float)
+    assert decoded.std() > 20
+    assert np.abs(decoded - read_video(sample.video).frames).mean() < 4  # the file is H.264
+    text = backbone.encode_text([store.prompt(sample.prompt_id).dsr.prompt()])[0]
+    np.testing.assert_allclose(store.read_text(sample.prompt_id), text, rtol=0, atol=1e-4)
+
+
+def test_a_video_file_is_scored(
+    server: Server, workflow: Callable[[str], dict[str, Any]], histories: dict[str, Any]
+) -> None:
+    """The example for a video file, with the miniature's own models and the clip that was collected."""
+    from training.store import Store
+
+    store = Store(server.base / "output" / "spatialalign" / "miniature_set")
+    sample = store.samples()[0]
+    shutil.copy(sample.video, server.base / "input" / "my_video.mp4")
+    graph = workflow("score_video")
+    for node in graph.values():
+        if node["class_type"] == "SpatialAlignLoadGroundedSAM":
+            node["inputs"] |= {"detector": "miniature", "segmenter": "miniature"}
+        if node["class_type"] == "SpatialAlignParse":
+            node["inputs"]["text"] = store.prompt(sample.prompt_id).dsr.prompt()
+    assert _scores(graph, server.run(graph))
+
+
+def test_nothing_is_written_into_the_pack(server: Server, histories: dict[str, Any], repo_root: Path) -> None:
     """Python's own caches aside."""
     pack = server.base / "custom_nodes" / "SpatialAlign"
     files = [path.relative_to(pack) for path in pack.rglob("*") if path.is_file() and path.suffix != ".pyc"]
