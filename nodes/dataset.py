@@ -9,14 +9,14 @@ from comfy_api.latest import io, ui
 from ..spatialalign.backbones.latent_space import LatentSpace
 from ..spatialalign.collect import Clip, check_set_name, collect, derived_id, describe_set, settings_digest
 from ..spatialalign.dsr import DSR
-from ..spatialalign.errors import DataError, SpatialAlignError, VideoError
+from ..spatialalign.errors import DataError, SpatialAlignError
 from ..spatialalign.prompts import Prompt, check_prompt_id
 from ..spatialalign.score import DsrScore
 from ..spatialalign.store import LatentsHeader, Store
 from ..spatialalign.tracks import Tracks
 from ..spatialalign.video import Video
 from . import graph, host
-from .sockets import DSR_SOCKET, SCORE_SOCKET, TRACKS_SOCKET, to_uint8
+from .sockets import DSR_SOCKET, SCORE_SOCKET, TRACKS_SOCKET, frames_of, to_uint8
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -143,8 +143,8 @@ class CollectSample(io.ComfyNode):
     ) -> io.NodeOutput:
         check_set_name(set_name)
         space = LatentSpace(host.vae_width(vae))
-        pictures = _video(images, video, fps)
-        clip = Clip(_latents(latent, space), _text(positive), pictures, tracks, result)
+        frames, rate = frames_of(images, video, fps)
+        clip = Clip(_latents(latent, space), _text(positive), Video(to_uint8(frames), rate), tracks, result)
         prompt = Prompt.of(prompt_id.strip() or derived_id(dsr), dsr)
         at = cls.hidden.prompt, cls.hidden.unique_id, "latent"
         store = Store(_set_folder(set_name), create=True)
@@ -216,14 +216,3 @@ def _text(positive: list[Any]) -> Tensor:
     if not len(real):
         raise DataError("positive: the embedding is all zeros; connect the encoded prompt, not a zeroed conditioning")
     return rows[: int(real[-1]) + 1]
-
-
-def _video(images: Tensor | None, video: Any, fps: float) -> Video:
-    """The decoded clip, from the one of both sockets that is connected."""
-    if (images is None) == (video is None):
-        found = "neither is" if images is None else "both are"
-        raise VideoError(f"connect images or video: {found} connected; the sample needs its frames once")
-    if video is not None:
-        parts = video.get_components()
-        return Video(to_uint8(parts.images), float(parts.frame_rate))
-    return Video(to_uint8(images), fps)

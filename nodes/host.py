@@ -154,10 +154,11 @@ def linear_sizes(model: Any) -> dict[str, tuple[int, int]]:
     """(out, in) of the linears of a MODEL, by their name in ComfyUI without ``diffusion_model.``."""
     import torch
 
+    # The Linear of ComfyUI's quantised models is not derived from torch's.
     return {
         name: (module.out_features, module.in_features)
         for name, module in model.model.diffusion_model.named_modules()
-        if isinstance(module, torch.nn.Linear)
+        if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Linear"
     }
 
 
@@ -175,7 +176,7 @@ def with_lora(model: Any, pairs: Mapping[str, tuple[Tensor, Tensor]], strength: 
     import comfy.lora
 
     keys = {f"{_PREFIX}{name}": f"{_PREFIX}{name}.weight" for name in pairs}
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, (down, up) in pairs.items():
         tensors |= {f"{_PREFIX}{name}.lora_A.weight": down, f"{_PREFIX}{name}.lora_B.weight": up}
     patched = model.clone()

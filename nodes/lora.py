@@ -63,14 +63,16 @@ class LoadAlignedLora(io.ComfyNode):
     def execute(cls, model: Any, lora: str, strength: float) -> io.NodeOutput:
         from ..spatialalign.lora import fit_lora
         from ..spatialalign.lora_report import describe, warnings
-        from ..spatialalign.wan_modules import original_name
+        from ..spatialalign.wan_modules import diffusers_name
 
-        fitted = fit_lora(host.lora_path(lora), host.linear_sizes(model))
+        sizes = host.linear_sizes(model)
+        fitted = fit_lora(host.lora_path(lora), sizes)
         file = graph.model_file(cls.hidden.prompt, cls.hidden.unique_id, "model")
         for words in warnings(fitted, file):
             logger.warning("%s: %s", lora, words)
         report = f"{lora}\n{describe(fitted, strength, file)}"
         if strength == 0:
             return io.NodeOutput(model, report)
-        pairs = {original_name(module): (pair.down, pair.up) for module, pair in fitted.pairs.items()}
+        found = {name: fitted.pairs.get(diffusers_name(name) or "") for name in sizes}
+        pairs = {name: (pair.down, pair.up) for name, pair in found.items() if pair is not None}
         return io.NodeOutput(host.with_lora(model, pairs, strength), report)

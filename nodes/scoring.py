@@ -241,7 +241,9 @@ def _singles(latents: list[dict[str, Any]] | None, clips: int) -> list[dict[str,
 def _member(batch: dict[str, Any], index: int) -> dict[str, Any]:
     """The ``index``-th of a batch of latents; what all of them share is kept."""
     size, one = batch["samples"].shape[0], slice(index, index + 1)
-    own = {key: batch[key][one] for key in ("noise_mask", "batch_index") if key in batch and len(batch[key]) == size}
+    own: dict[str, Any] = {
+        key: batch[key][one] for key in ("noise_mask", "batch_index") if key in batch and len(batch[key]) == size
+    }
     return {**batch, "samples": batch["samples"][one], **own}
 
 

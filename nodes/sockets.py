@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
@@ -44,3 +44,34 @@ def to_image(frames: np.ndarray) -> Tensor:
 
     pictures = torch.from_numpy(frames.copy()).float() / 255
     return pictures if pictures.ndim == 4 else pictures[None]
+
+
+def from_video(video: Any) -> tuple[Tensor, float]:
+    """IMAGE and frame rate of a VIDEO.
+
+    A file that SpatialAlign wrote is decoded as ``python -m training.score`` decodes it, so that both find the same
+    score: ComfyUI's versions differ in their colours, and none knows that tiny clips are stored enlarged.
+    """
+    from ..spatialalign.video import is_own, read_video
+
+    parts = video.get_components()
+    if is_own(parts.metadata or {}) and isinstance(source := video.get_stream_source(), str):
+        own = read_video(source)
+        if len(own.frames) == len(parts.images):  # otherwise a part was cut out
+            return to_image(own.frames), own.fps
+    return parts.images, float(parts.frame_rate)
+
+
+def frames_of(images: Tensor | None, video: Any, fps: float) -> tuple[Tensor, float]:
+    """IMAGE and frame rate from the one of two sockets that is connected; ``fps`` is that of ``images``.
+
+    Raises:
+        VideoError: none or both are connected, or what is connected is no batch of frames.
+    """
+    if (images is None) == (video is None):
+        found = "neither is" if images is None else "both are"
+        raise VideoError(f"connect images or video: {found} connected, one is needed")
+    frames, rate = from_video(video) if images is None else (images, fps)
+    if frames.ndim != 4 or 0 in frames.shape:
+        raise VideoError(f"images: expected frames (frames, height, width, 3), found the shape {tuple(frames.shape)}")
+    return frames, rate

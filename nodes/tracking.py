@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io
 
 from ..spatialalign.dsr import DSR
-from ..spatialalign.errors import ConfigError, VideoError
+from ..spatialalign.errors import ConfigError
 from . import host
 from .bridges import CATEGORY, TracksFromBoxes, TracksFromMasks, fps_input
 from .grounded_sam import GroundedSam, LoadGroundedSam, grounded_sam
-from .sockets import DSR_SOCKET, GROUNDED_SAM_SOCKET, TRACKS_SOCKET, to_image, to_uint8
+from .sockets import DSR_SOCKET, GROUNDED_SAM_SOCKET, TRACKS_SOCKET, frames_of, to_image, to_uint8
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,7 +94,7 @@ class GroundedSamTrack(io.ComfyNode):
         images: Tensor | None = None,
         video: Any = None,
     ) -> io.NodeOutput:
-        images, fps = _frames(images, video, fps)
+        images, fps = frames_of(images, video, fps)
         clips = images.split(_clip_length(len(images), frames_per_clip))
         host.load(grounded_sam.patchers, grounded_sam.memory(*clips[0].shape[:3]))
         bar = host.Progress(len(images))
@@ -137,19 +137,6 @@ class DrawTracks(io.ComfyNode):
     @classmethod
     def execute(cls, images: Tensor, tracks: Tracks, masks: bool) -> io.NodeOutput:
         return io.NodeOutput(_overlay(to_uint8(images), tracks, masks))
-
-
-def _frames(images: Tensor | None, video: Any, fps: float) -> tuple[Tensor, float]:
-    """The frames and their rate, from whichever of the two is connected."""
-    if (images is None) == (video is None):
-        found = "neither is" if images is None else "both are"
-        raise VideoError(f"connect images or video: {found} connected, one is needed")
-    if video is not None:
-        parts = video.get_components()
-        images, fps = parts.images, float(parts.frame_rate)
-    if images.ndim != 4 or 0 in images.shape:
-        raise VideoError(f"images: expected frames (frames, height, width, 3), found the shape {tuple(images.shape)}")
-    return images, fps
 
 
 def _clip_length(frames: int, wanted: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -63,6 +64,11 @@ def check_frames(frames: Any) -> None:
         raise VideoError(f"frames must have the shape (T, H, W, 3), found {frames.shape}")
     if 0 in frames.shape:
         raise VideoError(f"frames must hold at least one frame of at least one pixel, found the shape {frames.shape}")
+
+
+def is_own(metadata: Mapping[str, str]) -> bool:
+    """Whether a file with these tags was written by :func:`write_video`, so that only :func:`read_video` undoes it."""
+    return _NOTE.search(metadata.get("comment", "")) is not None
 
 
 def read_video(path: str | Path, max_frames: int | None = None) -> Video:

@@ -9,7 +9,7 @@ import asyncio
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -39,10 +39,17 @@ def comfyui() -> Path:
 
 
 @pytest.fixture(scope="session")
-def comfy(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def comfy(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """ComfyUI imported into this process, on the processor, its models and outputs below the folder returned."""
     base = tmp_path_factory.mktemp("comfyui")
-    sys.path.insert(0, str(comfyui))  # before this repository, whose folder "nodes" has the name of a module of ComfyUI
+    with pytest.MonkeyPatch.context() as patch:
+        # Before this repository, whose folder "nodes" has the name of a module of ComfyUI.
+        patch.syspath_prepend(comfyui)
+        _start(comfyui, base)
+        yield base
+
+
+def _start(comfyui: Path, base: Path) -> None:
     from comfy.cli_args import args
 
     args.cpu, args.base_directory = True, str(base)
@@ -57,7 +64,6 @@ def comfy(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder_paths.models_dir = str(base / "models")
     (base / "models" / "loras").mkdir(parents=True)
     folder_paths.add_model_folder_path("loras", str(base / "models" / "loras"), is_default=True)
-    return base
 
 
 @pytest.fixture(scope="session")

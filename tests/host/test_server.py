@@ -186,22 +186,28 @@ def test_the_collected_sample_is_a_training_sample(server: Server, histories: di
     np.testing.assert_allclose(store.read_text(sample.prompt_id), text, rtol=0, atol=1e-4)
 
 
-def test_a_video_file_is_scored(
+def test_a_video_file_is_scored_as_the_program_scores_it(
     server: Server, workflow: Callable[[str], dict[str, Any]], histories: dict[str, Any]
 ) -> None:
     """The example for a video file, with the miniature's own models and the clip that was collected."""
+    from spatialalign.score import dsr_score
+    from spatialalign.tracking.load import load_tracker
+    from spatialalign.video import read_video
     from training.store import Store
 
     store = Store(server.base / "output" / "spatialalign" / "miniature_set")
     sample = store.samples()[0]
+    dsr, video = store.prompt(sample.prompt_id).dsr, read_video(sample.video)
+    expected = dsr_score(load_tracker("miniature").track(video.frames, dsr.subject, dsr.object, video.fps), dsr)
     shutil.copy(sample.video, server.base / "input" / "my_video.mp4")
     graph = workflow("score_video")
     for node in graph.values():
         if node["class_type"] == "SpatialAlignLoadGroundedSAM":
             node["inputs"] |= {"detector": "miniature", "segmenter": "miniature"}
         if node["class_type"] == "SpatialAlignParse":
-            node["inputs"]["text"] = store.prompt(sample.prompt_id).dsr.prompt()
-    assert _scores(graph, server.run(graph))
+            node["inputs"]["text"] = dsr.prompt()
+    assert expected.score is not None
+    assert _scores(graph, server.run(graph)) == [f"{expected.score:.3f}"]
 
 
 def test_nothing_is_written_into_the_pack(server: Server, histories: dict[str, Any], repo_root: Path) -> None:

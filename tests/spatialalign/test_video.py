@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from spatialalign.errors import VideoError
-from spatialalign.video import Video, read_video, write_video
+from spatialalign.video import Video, is_own, read_video, write_video
 
 
 def clip(frames: int = 17, height: int = 64, width: int = 64) -> np.ndarray:
@@ -44,6 +44,7 @@ def test_the_file_is_what_browsers_play(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "a.mp4")) as container:
         stream = container.streams.video[0]
         assert stream.codec_context.name == "h264" and stream.codec_context.pix_fmt == "yuv420p"
+        assert is_own(container.metadata)
         assert abs(stream.average_rate - Fraction(2997, 100)) < Fraction(1, 100)
         assert stream.frames == 3
 
@@ -154,3 +155,7 @@ def test_nan_frames_are_called_that() -> None:
         Video(np.full((2, 4, 4, 3), np.nan), 8)
     with pytest.raises(VideoError, match="fps must be a positive number, found nan"):
         Video(clip(2), float("nan"))
+
+
+def test_files_of_others_are_not_our_own() -> None:
+    assert not is_own({}) and not is_own({"comment": "made with love"}) and not is_own({"title": "spatialalign"})
