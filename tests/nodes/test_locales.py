@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,3 +39,16 @@ def test_chinese_is_chinese(repo_root: Path) -> None:
         entries = [*node.get("inputs", {}).values(), *node["outputs"].values()]
         for text in (node["display_name"], node["description"], *(entry["tooltip"] for entry in entries)):
             assert any("\u4e00" <= letter <= "\u9fff" for letter in text) or text == "DSR", f"{one}: {text}"
+
+
+def test_every_help_page_is_there_in_chinese(repo_root: Path) -> None:
+    """The interface asks for ``docs/<node>/zh.md`` first, and takes the paths of its pictures from ``docs``."""
+    pages = repo_root / "web" / "docs"
+    words = json.loads((repo_root / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
+    assert {path.parent.name for path in pages.glob("*/zh.md")} == set(words)
+    for one, node in words.items():
+        page = (pages / one / "zh.md").read_text(encoding="utf-8")
+        tips = [entry["tooltip"] for entry in (*node.get("inputs", {}).values(), *node["outputs"].values())]
+        assert not [tip for tip in tips if tip not in page], f"{one}/zh.md is older than the translated tooltips"
+        pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", page)
+        assert pictures and all((pages / picture).is_file() for picture in pictures), f"{one}/zh.md shows {pictures}"
