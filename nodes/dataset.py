@@ -156,6 +156,7 @@ class CollectSample(io.ComfyNode):
         ]
         if other := graph.seeds(*at) - {seed}:
             lines.append(f"WARNING: this sample is kept under seed {seed}, but a sampler states {min(other)}")
+        host.show_text("\n".join(lines), cls.hidden.unique_id)
         return io.NodeOutput(str(folder), ui=ui.PreviewText("\n".join(lines)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -125,6 +126,17 @@ def check_interrupt() -> None:
     from comfy import model_management
 
     model_management.throw_exception_if_processing_interrupted()
+
+
+def show_text(text: str, node: str) -> None:
+    """Show lines of text on the running node ``node``.
+
+    The interface draws the pictures among a node's results, but of the texts only those of some nodes of its own. What
+    it does draw on every node is the text that a node reports while it works. Without a server nobody looks.
+    """
+    server = sys.modules.get("server")
+    if server is not None and hasattr(server.PromptServer, "instance"):
+        server.PromptServer.instance.send_progress_text(text, node)
 
 
 class Progress:

@@ -64,6 +64,7 @@ class ScoreDsr(io.ComfyNode):
                 io.Image.Output(display_name="plot", tooltip="Both curves, the windows at either end, and the scores."),
                 SCORE_SOCKET.Output(display_name="result", tooltip="For Pick Best, Score Summary and Collect Sample."),
             ],
+            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -180,6 +181,7 @@ class ScoreSummary(io.ComfyNode):
                 ),
                 io.Image.Output(display_name="plot", tooltip="Correct clips against tau, with the 95% interval."),
             ],
+            hidden=[io.Hidden.unique_id],
             is_input_list=True,
             is_output_node=True,
         )
@@ -253,4 +255,5 @@ def _json(value: dict[str, Any]) -> str:
 
 def _shown(cls: type[io.ComfyNode], lines: list[str], plot: Tensor) -> dict[str, Any]:
     """What the node shows: its lines as one text, and its picture."""
+    host.show_text("\n".join(lines), cls.hidden.unique_id)
     return {**ui.PreviewText("\n".join(lines)).as_dict(), **ui.PreviewImage(plot, cls=cls).as_dict()}

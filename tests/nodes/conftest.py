@@ -51,6 +51,12 @@ class FakeHost:
     interrupt_at: int | None = None
     """The number of the check for an interrupt that finds one, from 0."""
     checks: int = 0
+    shown: dict[Any, str] = field(default_factory=dict)
+    """The text that each node shows, by the node's id."""
+
+    def show_text(self, text: str, node: Any) -> None:
+        """Note what would be drawn on a node."""
+        self.shown[node] = text
 
     def patcher(self, module: Any) -> SimpleNamespace:
         """Something that holds a module as ComfyUI's ModelPatcher does."""
@@ -150,6 +156,7 @@ def fake_host(module: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: 
         ("patcher", host.patcher),
         ("load", host.load),
         ("check_interrupt", host.check_interrupt),
+        ("show_text", host.show_text),
         ("Progress", host.bar),
         ("intermediate", lambda tensor: tensor.float()),
     ):
