@@ -31,6 +31,8 @@ class Mine:
     """Which of the two scores decides."""
     threshold: float | None = None
     """A clip with at least this score wins, one below it loses; null for 0.7, or the robust score's own threshold."""
+    model: str | None = None
+    """Only clips that this model made, by the name their files record; null for all."""
 
 
 @dataclass
@@ -69,10 +71,16 @@ class Mined:
         return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.unusable[:20]])
 
 
-def mine(store: Store, score: Literal["official", "robust"] = "official", threshold: float | None = None) -> Mined:
+def mine(
+    store: Store,
+    score: Literal["official", "robust"] = "official",
+    threshold: float | None = None,
+    model: str | None = None,
+) -> Mined:
     """Classify every sample (methods: official train.py) and keep prompts with at least one winner and one loser.
 
-    A sample without score, or whose latents cannot be trained on, is left out with its reason.
+    A sample without score, of another model than ``model``, or whose latents cannot be trained on, is left out with its
+    reason.
 
     Raises:
         DataError: no winners or no losers, or none for the same prompt; with counts and what to do.
@@ -83,6 +91,8 @@ def mine(store: Store, score: Literal["official", "robust"] = "official", thresh
         for sample in store.samples(prompt.prompt_id):
             try:
                 side = classify(*_value(read_score(sample), score, threshold))
+                if model is not None and (made_by := sample.read_header().model) != model:
+                    raise DataError(f"made by {made_by}, not by {model}")
                 if side is not None:
                     sample.read_latents()
                     store.read_text(prompt.prompt_id)
@@ -134,8 +144,8 @@ def run(args: Mine) -> Mined:
     if args.threshold is not None and not -1 < args.threshold <= 1:
         raise ConfigError(f"threshold must be in (-1, 1], found {args.threshold}")
     store = Store(args.store)
-    found = mine(store, args.score, args.threshold)
-    rule = {"score": args.score, "threshold": args.threshold}
+    found = mine(store, args.score, args.threshold, args.model)
+    rule = {"score": args.score, "threshold": args.threshold, "model": args.model}
     path = args.out or args.store / "pairs.json"
     write_json(path, manifest(found.prompts, {**rule, **found.statistics()}))
     stage_log(store.root, "mine").write({"event": "end", **rule, **found.statistics()})

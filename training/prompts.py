@@ -6,7 +6,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from spatialalign.errors import ConfigError
 from spatialalign.prompts import Prompt, generate, read_csv, split, write_csv
@@ -31,8 +30,8 @@ class Prompts:
     """Share of the prompts that goes to the second file; the miniature's world has its own split."""
     exclude: Path | None = None
     """CSV file of prompts whose (subject, object, scene) must not occur again, such as an official evaluation set."""
-    world: Literal["open", "miniature"] = "open"
-    """Vocabulary: everyday words, or those of the miniature's world."""
+    model: str | None = None
+    """The model that will draw them: miniature has a small world of its own, any other gets everyday words."""
     replace: bool = False
     """Overwrite existing files that hold other prompts."""
 
@@ -40,7 +39,7 @@ class Prompts:
 def run(args: Prompts) -> None:
     """Generate and write."""
     types = [kind.strip() for kind in args.types.split(",")]
-    if args.world == "miniature":
+    if args.model == "miniature":
         train, held_out = _miniature(types, args.count, args.seed)
     else:
         exclude = [] if args.exclude is None else read_csv(args.exclude)

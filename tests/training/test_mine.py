@@ -126,6 +126,18 @@ def test_the_program_writes_the_manifest(store: Store, tmp_path: Path) -> None:
         main(["--store", str(store.root), "--threshold", "1.5"])
 
 
+def test_only_clips_of_the_model_that_is_asked_for(store: Store) -> None:
+    fill(store, {1: [0.9, 0.1, 0.2]})
+    other = store.sample("0001_LR", 2)
+    other.write_latents(torch.zeros(2, 1, 2, 2), LatentsHeader("space", "model+lora:abc@1", {}, "digest"))
+    other.tracks.touch()
+    write_json(other.score, a_score(0.2).to_dict())
+    assert mine(store).prompts == [PromptPairs("0001_LR", (0,), (1, 2))]
+    found = mine(store, model="model")
+    assert found.prompts == [PromptPairs("0001_LR", (0,), (1,))]
+    assert found.unusable == [("0001_LR/2", "made by model+lora:abc@1, not by model")]
+
+
 def test_the_robust_score_decides_on_request(store: Store) -> None:
     """Without any track the robust score is INVALID, so it can use no clip, whatever the official one says."""
     fill(store, {1: [0.9, 0.1]})

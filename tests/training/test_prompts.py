@@ -47,7 +47,7 @@ def test_other_prompts_are_not_overwritten_unasked(tmp_path: Path, capsys: pytes
 def test_the_miniatures_world_has_its_own_words_and_split(tmp_path: Path) -> None:
     from spatialalign.miniature.world import prompts
 
-    argv = ["--world", "miniature", "--out", str(tmp_path / "t.csv"), "--held_out", str(tmp_path / "h.csv")]
+    argv = ["--model", "miniature", "--out", str(tmp_path / "t.csv"), "--held_out", str(tmp_path / "h.csv")]
     main([*argv, "--count", "20", "--types", "LR,RL"])
     train, held = read_csv(tmp_path / "t.csv"), read_csv(tmp_path / "h.csv")
     assert len(train) == 20
