@@ -13,7 +13,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Checkpoint:
     folder: Path
     step: int
     identity: dict[str, Any]
+    progress: dict[str, Any] = field(default_factory=dict)
 
     def check_identity(self, identity: Mapping[str, Any], allow_changes: bool) -> list[str]:
         """Compare with the identity of the run that wants to continue.
@@ -57,10 +58,16 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     identity: Mapping[str, Any],
     keep: int = 0,
+    progress: Mapping[str, Any] | None = None,
+    best: int | None = None,
 ) -> Path:
-    """Write the checkpoint of ``step`` finished steps below ``root``; the ``keep`` newest stay (0: all)."""
+    """Write the checkpoint of ``step`` finished steps below ``root``.
+
+    The ``keep`` newest stay (0: all), and that of step ``best`` whatever its age. ``progress`` is the loop's own state,
+    as plain JSON values.
+    """
     root.mkdir(parents=True, exist_ok=True)
-    target = root / f"step-{step:06d}"
+    target = checkpoint_folder(root, step)
     temporary = root / f".tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}-{target.name}"
     temporary.mkdir()
     try:
@@ -73,6 +80,7 @@ def save_checkpoint(
             "step": step,
             "identity": dict(identity),
             "identity_digest": fingerprint(dict(identity)),
+            "progress": dict(progress or {}),
             "optimizer_groups": groups,
             "versions": _versions(),
             "not_stored": "generator states: pairs, noise and learning rate depend on seed and step alone",
@@ -91,8 +99,14 @@ def save_checkpoint(
         shutil.rmtree(temporary.with_name(temporary.name + "-old"), ignore_errors=True)
     if keep:
         for old in _folders(root)[:-keep]:
-            shutil.rmtree(old)
+            if best is None or old != checkpoint_folder(root, best):
+                shutil.rmtree(old)
     return target
+
+
+def checkpoint_folder(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return root / f"step-{step:06d}"
 
 
 def latest_checkpoint(root: Path) -> Checkpoint | None:
@@ -100,25 +114,28 @@ def latest_checkpoint(root: Path) -> Checkpoint | None:
     for folder in reversed(_folders(root)):
         if (folder / "complete").is_file():
             state = read_json(folder / "state.json")
-            return Checkpoint(folder, int(state["step"]), dict(state["identity"]))
+            return Checkpoint(folder, int(state["step"]), dict(state["identity"]), dict(state.get("progress", {})))
     return None
+
+
+def load_weights(folder: Path, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Restore the weights of a checkpoint in place; raises :class:`DataError` when the names or shapes differ."""
+    weights = load_file(folder / "lora.safetensors")
+    if weights.keys() != parameters.keys():
+        odd = sorted(weights.keys() ^ parameters.keys())
+        raise DataError(f"{folder} holds another set of LoRA weights than this run, e.g. {odd[0]}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if weights[name].shape != parameter.shape:
+                raise DataError(f"{folder}: {name} is {tuple(weights[name].shape)}, expected {tuple(parameter.shape)}")
+            parameter.copy_(weights[name])
 
 
 def load_checkpoint(
     checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> None:
     """Restore weights and optimiser in place; raises :class:`DataError` when the names or shapes differ."""
-    weights = load_file(checkpoint.folder / "lora.safetensors")
-    if weights.keys() != parameters.keys():
-        odd = sorted(weights.keys() ^ parameters.keys())
-        raise DataError(f"{checkpoint.folder} holds another set of LoRA weights than this run, e.g. {odd[0]}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if weights[name].shape != parameter.shape:
-                raise DataError(
-                    f"{checkpoint.folder}: {name} is {tuple(weights[name].shape)}, expected {tuple(parameter.shape)}"
-                )
-            parameter.copy_(weights[name])
+    load_weights(checkpoint.folder, parameters)
     groups = read_json(checkpoint.folder / "state.json")["optimizer_groups"]
     state: dict[int, dict[str, Tensor]] = {}
     names = list(parameters)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import difflib
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from spatialalign.errors import SpatialAlignError
@@ -13,33 +16,107 @@ from spatialalign.errors import SpatialAlignError
 T = TypeVar("T")
 
 
+_OPTIONS_OF = "options of"
+
+
+def options_of(settings: type) -> Any:
+    """A dataclass field that collects those options of another dataclass that were given, as a dict.
+
+    Every field of ``settings`` becomes an option of the program, without a default: what was not given is not in the
+    dict, so that it can come from a preset, and a null that was given is.
+    """
+    return dataclasses.field(default_factory=dict, metadata={_OPTIONS_OF: settings})
+
+
 def parse(arguments: type[T], argv: Sequence[str] | None = None) -> T:
     """Parse a command line into the dataclass ``arguments``.
 
     Every field becomes an option of the same name, documented by the string below the field; ``--config file.yaml``
-    sets any of them, and options after it win. Wrong options end the program with exit status 2.
+    sets any of them, and options after it win. Wrong options end the program with exit status 2; for a misspelt one, on
+    the command line or in the file, the nearest name is suggested.
     """
     from docstring_parser import parse_from_object
     from jsonargparse import ArgumentParser
 
-    documented = parse_from_object(arguments)
-    help_of = {param.arg_name: param.description or "" for param in documented.params}
     # Added one by one: jsonargparse's own way also runs the module's TYPE_CHECKING imports, heavy libraries and all.
-    parser = ArgumentParser(prog=_prog(arguments), description=_description(documented))
+    parser = ArgumentParser(
+        prog=_prog(arguments), description=_description(parse_from_object(arguments)), exit_on_error=False
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
+    names = _add_options(parser, arguments, defaults=True)
+    collected = {
+        field.name: field.metadata[_OPTIONS_OF] for field in _fields(arguments) if _OPTIONS_OF in field.metadata
+    }
+    groups = {name: _add_options(parser, settings, defaults=False) for name, settings in collected.items()}
+    given = list(sys.argv[1:] if argv is None else argv)
+    try:
+        values = parser.parse_args(given)
+    except argparse.ArgumentError as error:
+        parser.exit_on_error = True
+        known = ["config", *names, *(name for group in groups.values() for name in group)]
+        parser.error(_suggestions(given, known) or str(error))
+    found = {name: values[name] for name in names}
+    for field, group in groups.items():
+        found[field] = {name: values[name] for name in group if name in values}
+    return arguments(**found)
+
+
+def _fields(arguments: type) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(arguments) if field.init]
+
+
+def _add_options(parser: Any, arguments: type, defaults: bool) -> list[str]:
+    """Add an option per field; returns their names."""
+    from docstring_parser import parse_from_object
+
+    help_of = {param.arg_name: param.description or "" for param in parse_from_object(arguments).params}
     hints = typing.get_type_hints(arguments)
-    fields = [field for field in dataclasses.fields(arguments) if field.init]  # type: ignore[arg-type]
-    for field in fields:
+    names = []
+    for field in _fields(arguments):
+        if _OPTIONS_OF in field.metadata:
+            continue
         options: dict[str, Any] = {"type": hints[field.name], "help": help_of.get(field.name, "")}
-        if field.default is not dataclasses.MISSING:
+        if not defaults:
+            options["default"] = argparse.SUPPRESS
+        elif field.default is not dataclasses.MISSING:
             options["default"] = field.default
         elif field.default_factory is not dataclasses.MISSING:
             options["default"] = field.default_factory()
         else:
             options["required"] = True
         parser.add_argument(f"--{field.name}", **options)
-    values = parser.parse_args(list(sys.argv[1:] if argv is None else argv))
-    return arguments(**{field.name: values[field.name] for field in fields})
+        names.append(field.name)
+    return names
+
+
+def _suggestions(argv: Sequence[str], known: Sequence[str]) -> str:
+    """A line for the options on the command line and in its YAML files that do not exist; empty when all do."""
+    wrong = [("", word[2:].split("=")[0]) for word in argv if word.startswith("--") and word != "--"]
+    for path in _config_files(argv):
+        wrong += [(f"{path}: ", str(key)) for key in _keys(path)]
+    accepted = {*known, "help", "print_config"}
+    parts = []
+    for where, name in wrong:
+        if name not in accepted:
+            near = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.5)
+            parts.append(f"{where}there is no option {name!r}" + (f"; the nearest is {near[0]!r}" if near else ""))
+    return ". ".join(parts)
+
+
+def _config_files(argv: Sequence[str]) -> list[str]:
+    after = [following for word, following in zip(argv, argv[1:], strict=False) if word == "--config"]
+    return after + [word.split("=", 1)[1] for word in argv if word.startswith("--config=")]
+
+
+def _keys(path: str) -> Iterable[Any]:
+    """The keys of a YAML file; none when it cannot be read, which the parser reports better."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return []
+    return value if isinstance(value, dict) else []
 
 
 def command(arguments: type[T], run: Callable[[T], object], argv: Sequence[str] | None = None) -> None:

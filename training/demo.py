@@ -221,7 +221,7 @@ def mine_pairs(out: Path) -> Path:
 
 def training_settings(seed: int, sizes: Sizes) -> TrainSettings:
     """The miniature's preset with this seed and the demo's number of steps."""
-    from training.config import PRESETS
+    from training.presets import PRESETS
 
     preset = PRESETS["miniature"]
     steps = sizes.dpo_steps or preset.steps

@@ -8,29 +8,35 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from spatialalign.claims import exclusive
 from spatialalign.errors import DataError, LoraError
 from spatialalign.files import write_json
-from training.cli import command
-from training.config import PRESETS, TrainSettings, fingerprint
+from training.cli import command, options_of
+from training.config import TrainSettings, fingerprint
 from training.interrupt import stop_requests
-from training.pairs import PromptPairs, read_pairs, split_pairs
+from training.pairs import PromptPairs, read_pairs, scored_by, split_pairs
+from training.presets import PRESETS, Preset
 from training.store import Store
 
 if TYPE_CHECKING:
     from spatialalign.backbones.base import Backbone
+    from spatialalign.tracking.tracker import Tracker
     from training.trainer import Trainer
+    from training.weights import Weighting
 
 logger = logging.getLogger(__name__)
+
+FEW_EFFECTIVE = 0.2
+"""Share of the clips below which the effective sample size of their weights is worth a warning."""
 
 
 @dataclass(frozen=True)
 class Dpo:
     """Train a LoRA that prefers winners to losers; run the same command again to continue a stopped run.
 
-    Options left at null take the value of the preset.
+    Options that are not given take the value of the preset.
     """
 
     model: str
@@ -41,72 +47,23 @@ class Dpo:
     """Output folder: the LoRA in both formats, checkpoints, logs."""
     pairs: Path | None = None
     """Pair manifest of training.mine; null for pairs.json in the store."""
-    preset: Literal["paper", "miniature"] = "paper"
-    """The paper's constants, or values for the miniature."""
+    reference_folder: Path | None = None
+    """Where reference_cache keeps predictions; null for reference in the output folder."""
+    preset: Preset = "spatialalign"
+    """Method: spatialalign (the paper's; formerly paper), flow-dpo, diffusion-dpo, flow-rwr, sft; or miniature."""
+    tracker: str = "miniature"
+    """Tracking models for the clips of sample_every, as training.score takes them in --model."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     dtype: str = "auto"
     """auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16; the LoRA itself is always float32."""
     allow_changes: bool = False
     """Continue a checkpoint although settings, model or pairs differ from those it was made with."""
-    arm: Literal["dpo", "dpo+sft", "dpo+zo", "sft"] | None = None
-    """Objective: dpo, dpo+zo (the paper's, with the output anchor), dpo+sft, or sft (winners only, a control)."""
-    seed: int | None = None
-    """Seed of the LoRA's initial values, the pairs, the noise and the noise levels."""
-    steps: int | None = None
-    """Optimiser steps."""
-    batch_pairs: int | None = None
-    """Pairs per optimiser step."""
-    micro_pairs: int | None = None
-    """Pairs in memory at once; batch_pairs must be a multiple."""
-    rank: int | None = None
-    """LoRA rank."""
-    alpha: float | None = None
-    """LoRA alpha; the update is scaled by alpha / rank."""
-    targets: Literal["spatialalign", "cross-kv", "all-linear"] | None = None
-    """Linears that carry the LoRA; spatialalign is text embedding and cross-attention k, v."""
-    beta: float | None = None
-    """Weight of the error differences in the margin."""
-    clip: float | None = None
-    """The margin is clipped to plus or minus this."""
-    reduction: Literal["mean", "sum"] | None = None
-    """Mean or sum of squared errors over a clip's latent elements."""
-    anchor_weight: float | None = None
-    """Weight of the anchor in dpo+zo."""
-    sft_weight: float | None = None
-    """Weight of the winner's flow-matching error in dpo+sft and sft."""
-    noise: Literal["independent", "shared"] | None = None
-    """Noise of winner and loser of a pair."""
-    shift: float | None = None
-    """Timestep shift of the training noise levels."""
-    lr: float | None = None
-    """Peak learning rate."""
-    weight_decay: float | None = None
-    """Weight decay of AdamW."""
-    warmup_steps: int | None = None
-    """Steps of linear warm-up, before the cosine to 0."""
-    max_grad_norm: float | None = None
-    """Gradient clipping."""
-    gradient_checkpointing: bool | None = None
-    """Recompute activations in the backward pass."""
-    held_out: float | None = None
-    """Share of the prompts that is only watched."""
-    held_out_pairs: int | None = None
-    """Held-out pairs, each with fixed noise and noise level."""
-    held_out_every: int | None = None
-    """Steps between evaluations on them."""
-    checkpoint_every: int | None = None
-    """Steps between checkpoints."""
-    keep_checkpoints: int | None = None
-    """Newest checkpoints that are kept; 0 for all."""
-    tensorboard: bool | None = None
-    """Also write TensorBoard files, when it is installed."""
+    options: dict[str, Any] = options_of(TrainSettings)
 
     def settings(self) -> TrainSettings:
         """The preset with the options given on top."""
-        names = {field.name for field in dataclasses.fields(TrainSettings)}
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return dataclasses.replace(PRESETS[self.preset], **given)
+        return dataclasses.replace(PRESETS[self.preset], **self.options)
 
 
 @dataclass(frozen=True)
@@ -115,7 +72,7 @@ class TrainResult:
 
     Attributes:
         finished: False when it was stopped before its last step.
-        step: optimiser steps done.
+        step: optimiser steps done; when finished, those of the exported weights (the best, or the last).
         comfy: LoRA in ComfyUI's names, when finished.
         diffusers: LoRA in diffusers' names, when finished.
         held_out: monitors on the held-out pairs at the end, when there are any.
@@ -137,8 +94,12 @@ def train(
     out: Path,
     settings: TrainSettings,
     allow_changes: bool = False,
+    references: Path | None = None,
+    tracker: Tracker | None = None,
 ) -> TrainResult:
     """Train, export and verify; the backbone is left without any adapter.
+
+    ``references`` is the folder of kept reference predictions, None for one below ``out``.
 
     Raises:
         DataError: pairs or samples cannot be used.
@@ -147,6 +108,8 @@ def train(
     """
     from spatialalign.lora import unload_lora
     from training.trainer import ADAPTER, Trainer
+    from training.trial import trial_of
+    from training.weights import weighting
 
     prompts, pairs_digest = read_pairs(pairs)
     check_samples(backbone, store, prompts)
@@ -160,7 +123,14 @@ def train(
     }
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out / ".lock", f"the training folder {out}"):
-        trainer = Trainer(backbone, store, chosen, held_out, settings, out, identity)
+        weights = weighting(store, chosen, held_out, settings, scored_by(pairs))
+        if settings.arm == "rwr" and weights is not None:
+            _report_weights(weights)
+        trial = None
+        if settings.sample_every and tracker is not None:
+            sampled = held_out or chosen
+            trial = trial_of(backbone, tracker, store, sampled, settings.sample_prompts, settings.sample_seeds)
+        trainer = Trainer(backbone, store, chosen, held_out, settings, out, identity, weights, references, trial)
         try:
             for change in trainer.resume(allow_changes):
                 logger.warning("continuing although %s", change)
@@ -175,6 +145,17 @@ def train(
         finally:
             unload_lora(backbone.transformer, ADAPTER)
             trainer.release()
+
+
+def _report_weights(weights: Weighting) -> None:
+    share = weights.effective_share
+    logger.info("the weights of the clips have an effective sample size of %.0f %% of their number", 100 * share)
+    if share < FEW_EFFECTIVE:
+        logger.warning(
+            "a few clips carry the training: the effective sample size of the weights is %.0f %% of the clips; raise "
+            "rwr_temperature or lower rwr_clip",
+            100 * share,
+        )
 
 
 def check_samples(backbone: Backbone, store: Store, prompts: Sequence[PromptPairs]) -> None:
@@ -196,10 +177,13 @@ def _export(trainer: Trainer, store: Store, prompts: Sequence[PromptPairs], pair
     import torch
 
     from spatialalign.lora import load_lora, save_lora, unload_lora
-    from training.trainer import ADAPTER, draw
+    from training.draws import draw
+    from training.memory import plain_base
+    from training.trainer import ADAPTER
 
     backbone, settings, out = trainer.backbone, trainer.settings, trainer.out
     transformer: Any = backbone.transformer
+    step = trainer.load_best()
     held_out = trainer.held_out()
     comfy, diffusers = out / "lora_comfyui.safetensors", out / "lora_diffusers.safetensors"
     metadata = {
@@ -209,7 +193,7 @@ def _export(trainer: Trainer, store: Store, prompts: Sequence[PromptPairs], pair
         "rank": settings.rank,
         "alpha": settings.rank,  # folded into B
         "trained_alpha": settings.alpha,
-        "step": trainer.step,
+        "step": step,
         "seed": settings.seed,
         "beta": settings.beta,
         "targets": settings.targets,
@@ -220,6 +204,7 @@ def _export(trainer: Trainer, store: Store, prompts: Sequence[PromptPairs], pair
         "license": "Apache-2.0",
         "date": time.strftime("%Y-%m-%d"),
     }
+    plain_base(backbone)
     save_lora(transformer, comfy, diffusers, metadata, adapter=ADAPTER)
 
     prompt = prompts[0]
@@ -245,8 +230,16 @@ def _export(trainer: Trainer, store: Store, prompts: Sequence[PromptPairs], pair
             worst = max(worst, difference)
             if not difference < (1e-4 if backbone.dtype == torch.float32 else 2e-2):
                 raise LoraError(f"{path} loaded back gives another velocity (relative difference {difference:.2e})")
-    result = TrainResult(True, trainer.step, comfy, diffusers, held_out, worst)
-    summary = {"step": trainer.step, "held_out": held_out, "verified": worst, "lora": metadata}
+    result = TrainResult(True, step, comfy, diffusers, held_out, worst)
+    summary = {
+        "step": step,
+        "steps_done": trainer.step,
+        "stopped_early": trainer.progress.stopped,
+        "bad_clips": trainer.clips.bad,
+        "held_out": held_out,
+        "verified": worst,
+        "lora": metadata,
+    }
     write_json(out / "summary.json", summary | {"settings": settings.to_dict()})
     return result
 
@@ -263,7 +256,14 @@ def run(args: Dpo) -> None:
     from spatialalign.backbones import load_backbone
 
     backbone = load_backbone(args.model, args.device, args.dtype)
-    result = train(backbone, store, pairs, args.out, settings, args.allow_changes)
+    tracker = None
+    if settings.sample_every:
+        from spatialalign.backbones.wan import pick_device
+        from spatialalign.tracking.load import load_tracker
+
+        tracker = load_tracker(args.tracker, pick_device(args.device))
+    folder = args.reference_folder
+    result = train(backbone, store, pairs, args.out, settings, args.allow_changes, folder, tracker)
     if result.finished:
         print(f"{result.comfy} (ComfyUI)\n{result.diffusers} (diffusers)")
     else:

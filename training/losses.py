@@ -1,10 +1,15 @@
 """Preference losses for flow models: pure functions on tensors, no model inside.
 
 Shapes: b pairs; predictions and targets ``(b, c, f, h, w)``; every result per pair ``(b,)`` in float32.
+
+Two steps, so that the second can be used where the predictions of winner and loser are never in memory together:
+:func:`gains` reduces the predictions of one side to a few numbers a pair, :func:`preference` makes the loss of them,
+and :func:`pair_loss` is one after the other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,8 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Reduction = Literal["mean", "sum"]
-Arm = Literal["dpo", "dpo+sft", "dpo+zo", "sft"]
+from training.objective import Form, Objective, Reduction
+
+Side = Literal["winner", "loser"]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How much each pair counts, ``(b,)`` each: in the preference term, and its two clips in ``rwr``."""
+
+    pair: Tensor
+    winner: Tensor
+    loser: Tensor
 
 
 @dataclass(frozen=True)
@@ -26,15 +41,43 @@ class Predictions:
 
 
 @dataclass(frozen=True)
+class Gains:
+    """All that the loss needs to know of one side of b pairs; every field ``(b,)`` float32.
+
+    Attributes:
+        error: the model's squared error, reduced as the objective says.
+        reference_error: the same of the reference; no gradient.
+        drift: mean squared distance of the model from the reference (zero where the arm has no anchor).
+        supervised: the model's mean squared error (zero where the arm does not learn from this side's clips).
+        norm: |v_model|, without gradient.
+        reference_norm: |v_reference|.
+    """
+
+    error: Tensor
+    reference_error: Tensor
+    drift: Tensor
+    supervised: Tensor
+    norm: Tensor
+    reference_norm: Tensor
+
+    @property
+    def gain(self) -> Tensor:
+        """Reference error minus model error; positive is better."""
+        return self.reference_error - self.error
+
+
+@dataclass(frozen=True)
 class PairLoss:
     """The loss of b pairs in its parts; every field ``(b,)``.
 
     Attributes:
         total: what is minimised.
-        dpo: ``-log sigmoid(margin)``.
+        dpo: the preference term before a pair's weight; ``-log sigmoid(margin)`` in the sigmoid form.
         anchor: the zeroth-order anchor before its weight (zero where the arm has none).
-        sft: the winner's flow-matching error before its weight (zero where the arm has none).
-        margin: clipped, with beta: positive when the model prefers the winner more than the reference does.
+        sft: the flow-matching error before its weight: the winner's, or in ``rwr`` half the sum of both, each times its
+            clip's weight (zero where the arm has none).
+        difference: what beta multiplies: positive when the model prefers the winner more than the reference does.
+        margin: the difference times beta, clipped.
         winner_gain: reference error minus model error on the winner; positive is better.
         loser_gain: the same on the loser.
         norm_ratio: |v_model| / |v_reference| over both sides; growth means over-saturation.
@@ -44,6 +87,7 @@ class PairLoss:
     dpo: Tensor
     anchor: Tensor
     sft: Tensor
+    difference: Tensor
     margin: Tensor
     winner_gain: Tensor
     loser_gain: Tensor
@@ -66,56 +110,139 @@ def flow_error(prediction: Tensor, target: Tensor, reduction: Reduction = "mean"
     return squared.mean(1) if reduction == "mean" else squared.sum(1)
 
 
+def level_weight(sigma: Tensor) -> Tensor:
+    """``(1 - sigma)^2``, the squared error of the implied noise over that of the velocity, for ``sigma (b,)``.
+
+    With ``x = (1 - sigma) x0 + sigma eps`` and ``v = eps - x0`` the noise is ``eps = x + (1 - sigma) v``. ``x`` is
+    given, so a velocity prediction implies a noise prediction whose error is ``(1 - sigma)`` times its own (methods:
+    Flow-DPO, lemma). Hence beta on errors of the noise, which is Diffusion-DPO's margin, is ``beta (1 - sigma)^2`` on
+    errors of the velocity, which is the exact derivation in Flow-DPO; its authors recommend to leave the factor out.
+    """
+    return (1 - sigma).square()
+
+
 def dpo_margin(winner_gain: Tensor, loser_gain: Tensor, beta: float, clip: float | None = 5.0) -> Tensor:
     """``clip(beta (s_w - s_l), -clip, clip)`` (methods: official train.py; no factor 1/2, unlike Flow-DPO)."""
-    margin = beta * (winner_gain - loser_gain)
-    return margin if clip is None else margin.clamp(-clip, clip)
+    return _clipped(beta * (winner_gain - loser_gain), clip)
 
 
-def zeroth_order_anchor(winner: Predictions, loser: Predictions) -> Tensor:
-    """``1/2 (mean (v_theta - v_ref)^2 on the winner + the same on the loser)`` (methods: official train.py)."""
-    return 0.5 * (flow_error(winner.model, winner.reference) + flow_error(loser.model, loser.reference))
+def preference_term(margin: Tensor, beta: float, form: Form = "sigmoid", label_smoothing: float = 0.0) -> Tensor:
+    """The loss of a margin ``m (b,)``.
+
+    * sigmoid: ``-(1 - e) log sigmoid(m) - e log sigmoid(-m)`` with the label smoothing ``e`` (DPO; with e > 0 its
+      conservative form).
+    * hinge: ``max(0, 1 - m)`` (SLiC).
+    * ipo: ``(m / beta - 1 / (2 beta))^2`` (IPO, eq. 17, with beta for tau): it pulls the difference ``m / beta``
+      towards ``1 / (2 beta)`` from either side, so the margin must not be clipped.
+    """
+    if form == "hinge":
+        return F.relu(1 - margin)
+    if form == "ipo":
+        return ((margin - 0.5) / beta).square()
+    if label_smoothing == 0:
+        return -F.logsigmoid(margin)
+    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+
+
+def gains(side: Predictions, which: Side, objective: Objective) -> Gains:
+    """Reduce one side's predictions to what the objective needs of it."""
+    reduction, arm = objective.reduction, objective.arm
+    reference_error = flow_error(side.reference, side.target, reduction)
+    error = flow_error(side.model, side.target, reduction)
+    nothing = torch.zeros_like(error)
+    learns = arm == "rwr" or (which == "winner" and arm in ("dpo+sft", "sft"))
+    return Gains(
+        error=error,
+        reference_error=reference_error,
+        drift=flow_error(side.model, side.reference) if arm == "dpo+zo" else nothing,
+        supervised=flow_error(side.model, side.target) if learns else nothing,
+        norm=_norm(side.model),
+        reference_norm=_norm(side.reference),
+    )
+
+
+def preference(
+    winner: Gains,
+    loser: Gains,
+    objective: Objective,
+    sigma: Tensor | None = None,
+    weights: Weights | None = None,
+) -> PairLoss:
+    """The objective from the numbers of both sides.
+
+    The margin is ``clip(beta (s_w - s_l), -clip, clip)`` with ``s`` = reference error - model error (methods: official
+    train.py); ``half_beta`` halves beta, and ``error_of="noise"`` weighs each pair by :func:`level_weight`. Anchor and
+    flow-matching error are means over elements whatever the reduction, so that their weights keep their meaning.
+
+    Args:
+        winner: of b pairs.
+        loser: of the same pairs.
+        objective: what is minimised.
+        sigma: noise level of each pair ``(b,)``; needed for ``error_of="noise"``.
+        weights: of pairs and clips; None for 1. Weights of pairs act on the preference term alone, those of clips on
+            the arm ``rwr`` alone.
+    """
+    difference = winner.gain - loser.gain
+    if objective.half_beta:
+        difference = 0.5 * difference
+    if objective.error_of == "noise":
+        if sigma is None:
+            raise ValueError("error_of='noise' needs the noise level sigma of each pair")
+        difference = level_weight(sigma).to(difference) * difference
+    margin = _clipped(objective.beta * difference, objective.clip)
+    dpo = preference_term(margin, objective.beta, objective.form, objective.label_smoothing)
+    anchor = 0.5 * (winner.drift + loser.drift)
+    sft = winner.supervised
+    if objective.arm == "rwr":
+        if weights is None:
+            raise ValueError("the arm rwr needs the weights of both clips of each pair")
+        sft = 0.5 * (weights.winner.to(sft) * winner.supervised + weights.loser.to(sft) * loser.supervised)
+    preferred = dpo if weights is None else weights.pair.to(dpo) * dpo
+    supervised_only = objective.arm in ("sft", "rwr")
+    return PairLoss(
+        total=(0 if supervised_only else preferred) + objective.anchor_weight * anchor + objective.sft_weight * sft,
+        dpo=dpo,
+        anchor=anchor,
+        sft=sft,
+        difference=difference,
+        margin=margin,
+        winner_gain=winner.gain,
+        loser_gain=loser.gain,
+        norm_ratio=torch.hypot(winner.norm, loser.norm) / torch.hypot(winner.reference_norm, loser.reference_norm),
+    )
 
 
 def pair_loss(
     winner: Predictions,
     loser: Predictions,
-    *,
-    arm: Arm,
-    beta: float,
-    clip: float | None = 5.0,
-    anchor_weight: float = 0.5,
-    sft_weight: float = 1.0,
-    reduction: Reduction = "mean",
+    objective: Objective,
+    sigma: Tensor | None = None,
+    weights: Weights | None = None,
 ) -> PairLoss:
-    """The SpatialAlign objective and its ablations.
+    """The objective from the predictions of both sides: :func:`gains` of each, then :func:`preference`."""
+    return preference(gains(winner, "winner", objective), gains(loser, "loser", objective), objective, sigma, weights)
 
-    ``dpo``: the preference term alone; ``dpo+zo``: plus ``anchor_weight`` times the zeroth-order anchor (the paper's);
-    ``dpo+sft``: plus ``sft_weight`` times the winner's flow-matching error; ``sft``: that error alone, a control that
-    needs no losers. Anchor and SFT term are means over elements whatever ``reduction`` the margin uses, so that their
-    weights keep their meaning.
+
+def averages(losses: Sequence[PairLoss]) -> dict[str, float]:
+    """Means over pairs; errors of winner and loser apart, since both can grow while their difference improves.
+
+    ``difference`` is the mean of its magnitude.
     """
-    winner_gain = flow_error(winner.reference, winner.target, reduction) - flow_error(
-        winner.model, winner.target, reduction
-    )
-    loser_gain = flow_error(loser.reference, loser.target, reduction) - flow_error(loser.model, loser.target, reduction)
-    margin = dpo_margin(winner_gain, loser_gain, beta, clip)
-    dpo = -F.logsigmoid(margin)
-    nothing = torch.zeros_like(dpo)
-    anchor = zeroth_order_anchor(winner, loser) if arm == "dpo+zo" else nothing
-    sft = flow_error(winner.model, winner.target) if arm in ("dpo+sft", "sft") else nothing
-    return PairLoss(
-        total=(0 if arm == "sft" else dpo) + anchor_weight * anchor + sft_weight * sft,
-        dpo=dpo,
-        anchor=anchor,
-        sft=sft,
-        margin=margin,
-        winner_gain=winner_gain,
-        loser_gain=loser_gain,
-        norm_ratio=_norm(winner.model, loser.model) / _norm(winner.reference, loser.reference),
-    )
+
+    def mean(values: Sequence[Tensor]) -> float:
+        return float(torch.cat([value.detach().float().cpu() for value in values]).mean())
+
+    names = ("dpo", "anchor", "sft", "accuracy", "margin", "winner_gain", "loser_gain", "norm_ratio", "gradient_factor")
+    return {
+        "loss": mean([loss.total for loss in losses]),
+        **{name: mean([getattr(loss, name) for loss in losses]) for name in names},
+        "difference": mean([loss.difference.abs() for loss in losses]),
+    }
 
 
-def _norm(winner: Tensor, loser: Tensor) -> Tensor:
-    both = torch.cat([winner.detach().float().flatten(1), loser.detach().float().flatten(1)], dim=1)
-    return both.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+def _clipped(margin: Tensor, clip: float | None) -> Tensor:
+    return margin if clip is None else margin.clamp(-clip, clip)
+
+
+def _norm(velocity: Tensor) -> Tensor:
+    return velocity.detach().float().flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 LINEAR_TOLERANCE = 0.01
 SATURATED = 0.02
+INFLATED = 1.05
+LOST_ACCURACY = 0.4
 PATIENCE = 50
 
 
@@ -82,31 +85,95 @@ class Scalars:
             self._writer.close()
 
 
+@dataclass
 class RegimeWatch:
-    """Notices when beta is wrong for the data.
+    """Notices when a training goes wrong in one of four known ways, and says so once each, with the remedy.
 
     The gradient factor sigmoid(-m) starts at 1/2. Where it never leaves it, the sigmoid is a straight line and beta
-    only scales the learning rate; where it is near 0, the pairs no longer teach anything.
+    only scales the learning rate (``linear``); where it is near 0, the pairs no longer teach anything (``saturated``).
+    Velocities that grow beyond the reference's show as over-saturated colours (``inflated``). And the implicit accuracy
+    can fall while the loss does too, when a few pairs are pushed far (``accuracy``). A checkpoint holds the counters.
+
+    Attributes:
+        patience: steps in a row before a warning.
+        linear, saturated, inflated, lost: steps (for ``lost``, evaluations) in a row so far.
+        accuracy: moving average over training pairs.
+        best_accuracy: the best on held-out pairs so far.
+        said: warnings that were given.
     """
 
-    def __init__(self, patience: int = PATIENCE) -> None:
-        """Warn after ``patience`` steps in a row."""
-        self._patience = patience
-        self._linear = 0
-        self._saturated = 0
+    patience: int = PATIENCE
+    linear: int = 0
+    saturated: int = 0
+    inflated: int = 0
+    lost: int = 0
+    accuracy: float = 0.5
+    best_accuracy: float = 0.0
+    said: list[str] = field(default_factory=list)
 
-    def update(self, step: int, gradient_factor: float) -> str | None:
-        """Take the mean gradient factor of a step; returns a warning at most once per kind and stretch."""
-        self._linear = self._linear + 1 if abs(gradient_factor - 0.5) < 0.5 * LINEAR_TOLERANCE else 0
-        self._saturated = self._saturated + 1 if gradient_factor < SATURATED else 0
-        if self._linear == self._patience:
-            return (
+    def update(self, step: int, row: Mapping[str, float], *, preference: bool = True, bends: bool = True) -> list[str]:
+        """Take the monitors of a step; returns the warnings that are due.
+
+        Args:
+            step: optimiser steps done.
+            row: ``gradient_factor``, ``norm_ratio`` and ``accuracy``.
+            preference: False for an objective without preference term, which only the norm can be said about.
+            bends: False for a preference term to which the gradient factor means nothing.
+        """
+        factor, warnings = row["gradient_factor"], []
+        self.inflated = self.inflated + 1 if row["norm_ratio"] > INFLATED else 0
+        if self.inflated == self.patience:
+            warnings += self._say(
+                "inflated",
+                f"step {step}: the model's velocities have been more than {INFLATED - 1:.0%} longer than the "
+                f"reference's for {self.patience} steps, which shows as over-saturated pictures; use arm dpo+zo or a "
+                "larger anchor_weight, a smaller lr, or an earlier checkpoint",
+            )
+        if not preference:
+            return warnings
+        self.linear = self.linear + 1 if abs(factor - 0.5) < 0.5 * LINEAR_TOLERANCE else 0
+        self.saturated = self.saturated + 1 if factor < SATURATED else 0
+        if bends and self.linear == self.patience:
+            warnings += self._say(
+                "linear",
                 f"step {step}: the gradient factor has stayed within {LINEAR_TOLERANCE:.0%} of 1/2 for "
-                f"{self._patience} steps: the loss is linear in the margin; a larger beta would let it bend"
+                f"{self.patience} steps: the loss is linear in the margin; a larger beta or auto_beta lets it bend",
             )
-        if self._saturated == self._patience:
-            return (
-                f"step {step}: the gradient factor has stayed below {SATURATED} for {self._patience} steps: the "
-                "training pairs are learnt and further steps only drift; use a smaller beta or stop here"
+        if bends and self.saturated == self.patience:
+            warnings += self._say(
+                "saturated",
+                f"step {step}: the gradient factor has stayed below {SATURATED} for {self.patience} steps: the "
+                "training pairs are learnt and further steps only drift; use a smaller beta or stop here",
             )
-        return None
+        self.accuracy += (row["accuracy"] - self.accuracy) / self.patience
+        if self.accuracy < LOST_ACCURACY:
+            warnings += self._say(
+                "accuracy",
+                f"step {step}: over the last {self.patience} steps the model prefers the loser in most training pairs "
+                f"(implicit accuracy {self.accuracy:.2f}); use a smaller lr or larger batch_pairs, and see that "
+                "winners and losers were not exchanged",
+            )
+        return warnings
+
+    def update_held_out(self, step: int, accuracy: float, pairs: int) -> list[str]:
+        """Take the implicit accuracy on so many held-out pairs; returns the warning when it has been lost.
+
+        Lost is more than two standard errors, and more than 0.1, below its best, in two evaluations in a row.
+        """
+        self.best_accuracy = max(self.best_accuracy, accuracy)
+        fallen = self.best_accuracy - accuracy > max(0.1, 2 * math.sqrt(0.25 / pairs))
+        self.lost = self.lost + 1 if fallen else 0
+        if self.lost < 2:
+            return []
+        return self._say(
+            "accuracy",
+            f"step {step}: the implicit accuracy on held-out pairs fell from {self.best_accuracy:.2f} to {accuracy:.2f}"
+            ": the model forgets the preference or learns its training pairs by heart; use a smaller lr, fewer steps, "
+            "early_stop with keep_best, or more prompts",
+        )
+
+    def _say(self, kind: str, message: str) -> list[str]:
+        if kind in self.said:
+            return []
+        self.said.append(kind)
+        return [message]

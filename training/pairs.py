@@ -66,6 +66,11 @@ def read_pairs(path: str | Path) -> tuple[tuple[PromptPairs, ...], str]:
     return prompts, digest(prompts)
 
 
+def scored_by(path: str | Path) -> str:
+    """Which score decided about the winners of a manifest: ``"official"`` or ``"robust"``."""
+    return str(read_json(path).get("statistics", {}).get("score", "official"))
+
+
 def digest(prompts: Sequence[PromptPairs]) -> str:
     """Sixteen hexadecimal digits that change with any prompt, winner or loser."""
     rows = [[entry.prompt_id, entry.winners, entry.losers] for entry in prompts]

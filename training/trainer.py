@@ -2,65 +2,48 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from spatialalign.backbones.flow import add_noise, training_sigmas, velocity_target
-from spatialalign.errors import DataError
-from training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from spatialalign.errors import ConfigError, DataError
+from training.checkpoint import checkpoint_folder, latest_checkpoint, load_checkpoint, load_weights, save_checkpoint
 from training.config import TrainSettings
-from training.losses import PairLoss, Predictions, pair_loss
-from training.monitors import JsonlLog, RegimeWatch, Scalars
+from training.draws import draw
+from training.losses import PairLoss, averages
+from training.memory import advice_when_full, set_up, take_down
+from training.monitors import JsonlLog, Scalars
+from training.pair_model import PairModel
 from training.pairs import PairStream, PreferencePair, PromptPairs
+from training.progress import Progress
+from training.samples import Clips
 from training.store import Store
+from training.weights import effective_sample_size
 
 if TYPE_CHECKING:
     from spatialalign.backbones.base import Backbone
+    from training.trial import Trial
+    from training.weights import Weighting
 
 logger = logging.getLogger(__name__)
 
 ADAPTER = "spatialalign"
 
 
-@dataclass(frozen=True)
-class Draw:
-    """The randomness of one pair: its noise level ``sigma`` and the noise of winner and loser, ``(c, f, h, w)``."""
-
-    sigma: float
-    winner: Tensor
-    loser: Tensor
-
-
-def draw(settings: TrainSettings, stream: str, index: int, shape: Sequence[int], level: int | None = None) -> Draw:
-    """Noise level and noise of pair ``index`` of a stream: a function of (seed, stream, index), on the CPU.
-
-    ``level`` fixes the noise level to an entry of the 1000-step schedule instead of drawing it.
-    """
-    key = hashlib.sha256(f"{settings.seed}/{stream}/{index}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
-    sigmas = training_sigmas(settings.shift)
-    drawn = int(torch.randint(len(sigmas), (1,), generator=generator))
-    winner = torch.randn(tuple(shape), generator=generator)
-    loser = winner if settings.noise == "shared" else torch.randn(tuple(shape), generator=generator)
-    return Draw(float(sigmas[drawn if level is None else level]), winner, loser)
-
-
 class Trainer:
     """Trains the adapter ``spatialalign`` on ``backbone.transformer``.
 
     The reference is the same transformer with the adapter switched off. Text comes from the store's cache, latents are
-    read when needed, and pair, noise and learning rate of a step depend on (seed, step) alone, so a run that is killed
-    and continued ends with the same bits as one that was not (on one CPU thread count or one GPU model).
+    read when needed. Pair, noise and learning rate of a step depend on (seed, step) alone, and what else it depends on
+    is in the checkpoint, so a run that is killed and continued ends with the same bits as one that was not (on one CPU
+    thread count or one GPU model).
     """
 
     def __init__(
@@ -72,6 +55,9 @@ class Trainer:
         settings: TrainSettings,
         out: Path,
         identity: dict[str, Any],
+        weighting: Weighting | None = None,
+        references: Path | None = None,
+        trial: Trial | None = None,
     ) -> None:
         """Put a fresh adapter on the transformer.
 
@@ -83,19 +69,23 @@ class Trainer:
             settings: see :class:`TrainSettings`.
             out: output folder: ``train.jsonl``, ``checkpoints/``.
             identity: what must be equal for a checkpoint to be continued.
+            weighting: of pairs and clips, where the settings ask for it.
+            trial: samples and scores clips where ``sample_every`` asks for it.
+            references: folder of the reference predictions that ``reference_cache`` keeps; None for one below ``out``.
         """
+        if settings.sample_every and trial is None:
+            raise ConfigError(f"sample_every ({settings.sample_every}) needs a tracker to score the sampled clips")
         self.backbone, self.store, self.settings, self.out = backbone, store, settings, out
-        self.identity = identity
+        self.identity, self._weighting, self._trial = identity, weighting, trial
         self._train = PairStream(train, settings.seed)
         self._held_out = PairStream(held_out, settings.seed, "held-out") if held_out else None
-        self._held_out_reference: dict[int, Tensor] = {}
-        self._texts: dict[str, Tensor] = {}
-        self._shape: tuple[int, ...] | None = None
+        self.clips = Clips(store, train, settings.max_bad_clips)
+        self.progress = Progress()
         self.step = 0
-        self.parameters = _add_adapter(backbone, settings)
+        self.parameters = add_adapter(backbone, settings)
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)
-        if settings.gradient_checkpointing:
-            backbone.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+        set_up(backbone, settings, self.clips.shape)
+        self.pair_model = PairModel(backbone, self.clips, settings, weighting, references or out / "reference")
 
     @property
     def checkpoints(self) -> Path:
@@ -109,38 +99,46 @@ class Trainer:
             return []
         changes = checkpoint.check_identity(self.identity, allow_changes)
         load_checkpoint(checkpoint, self.parameters, self.optimizer)
-        self.step = checkpoint.step
+        self.step, self.progress = checkpoint.step, Progress.from_dict(checkpoint.progress)
         return changes
 
     def fit(self, stop: Callable[[], bool] = lambda: False) -> bool:
-        """Train until the last step or until ``stop()`` is true after a step; a checkpoint is written either way.
+        """Train until the last step, an early stop, or ``stop()`` being true after a step; then write a checkpoint.
 
         Returns:
-            True when all steps are done, False when stopped before.
+            True when the training is over, False when it was stopped before.
         """
         settings = self.settings
         log, scalars = JsonlLog(self.out / "train.jsonl"), Scalars(self.out / "tensorboard", settings.tensorboard)
         log.keep_until(self.step)
-        watch = RegimeWatch()
         bar = tqdm(total=settings.steps, initial=self.step, desc=f"dpo ({settings.arm})", disable=None)
+        named = len(self.clips.bad)
         try:
             if self.step == 0:
                 self._watch_held_out(log, scalars)
-            while self.step < settings.steps:
-                row = self._train_step()
+            while self.step < settings.steps and self.progress.stopped is None:
+                with advice_when_full(settings):
+                    row = self._train_step()
                 bar.update()
-                bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['accuracy']:.2f}", refresh=False)
-                log.write({"event": "train", "step": self.step, **row})
-                scalars.write("train", self.step, row)
-                warning = watch.update(self.step, row["gradient_factor"])
-                if warning and settings.arm != "sft":
-                    logger.warning("%s", warning)
-                    log.write({"event": "warning", "step": self.step, "message": warning})
-                last = self.step == settings.steps
+                if row is None:
+                    log.write({"event": "skipped_step", "step": self.step, "in_a_row": self.progress.failed})
+                else:
+                    bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['accuracy']:.2f}", refresh=False)
+                    log.write({"event": "train", "step": self.step, **row})
+                    scalars.write("train", self.step, row)
+                    preference, bends = settings.arm not in ("sft", "rwr"), settings.form == "sigmoid"
+                    self._warn(log, self.progress.watch.update(self.step, row, preference=preference, bends=bends))
+                last, is_best = self.step == settings.steps, False
                 if last or self.step % settings.held_out_every == 0:
-                    self._watch_held_out(log, scalars)
-                stopping = not last and stop()
-                if last or stopping or self.step % settings.checkpoint_every == 0:
+                    is_best = self._watch_held_out(log, scalars)
+                if settings.sample_every and (last or self.step % settings.sample_every == 0):
+                    is_best = self._watch_samples(log, scalars) or is_best
+                for clip, reason in list(self.clips.bad.items())[named:]:
+                    log.write({"event": "bad_clip", "step": self.step, "clip": clip, "reason": reason})
+                named = len(self.clips.bad)
+                stopping = not last and self.progress.stopped is None and stop()
+                over = last or self.progress.stopped is not None
+                if over or stopping or is_best or self.step % settings.checkpoint_every == 0:
                     self.save()
                 if stopping:
                     return False
@@ -151,132 +149,166 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of the steps done so far."""
+        best = self.progress.best.step if self.settings.keep_best else None
         return save_checkpoint(
-            self.checkpoints, self.step, self.parameters, self.optimizer, self.identity, self.settings.keep_checkpoints
+            self.checkpoints,
+            self.step,
+            self.parameters,
+            self.optimizer,
+            self.identity,
+            self.settings.keep_checkpoints,
+            self.progress.to_dict(),
+            best,
         )
+
+    def load_best(self) -> int:
+        """Take the weights that are to be exported: the best checkpoint's where it is asked for; returns their step."""
+        best = self.progress.best
+        if not self.settings.keep_best or best.value is None:
+            return self.step
+        load_weights(checkpoint_folder(self.checkpoints, best.step), self.parameters)
+        return best.step
 
     def release(self) -> None:
         """Switch off what only training needs, so that sampling is as fast as before."""
-        self.backbone.transformer.disable_gradient_checkpointing()  # type: ignore[operator]
+        take_down(self.backbone)
 
     def held_out(self) -> dict[str, float] | None:
-        """Mean monitors over the held-out pairs at fixed noise and evenly spread noise levels; None without any."""
+        """Mean monitors over the held-out pairs at fixed noise and evenly spread noise levels; None without any.
+
+        Beta is the setting even where it is tuned, so that losses of different steps can be compared.
+        """
         if self._held_out is None:
             return None
         settings, losses = self.settings, []
-        with torch.no_grad():
+        with advice_when_full(settings):
             for start in range(0, settings.held_out_pairs, settings.micro_pairs):
-                chosen = range(start, min(start + settings.micro_pairs, settings.held_out_pairs))
+                every = range(start, min(start + settings.micro_pairs, settings.held_out_pairs))
+                usable = self.clips.usable([self._held_out.pair(index) for index in every])
+                chosen = list(compress(every, usable))
+                if not chosen:
+                    continue
                 pairs = [self._held_out.pair(index) for index in chosen]
                 levels = [(2 * index + 1) * 500 // settings.held_out_pairs for index in chosen]
                 draws = [
-                    draw(settings, "held-out", index, self._latent_shape(pair), level)
-                    for index, pair, level in zip(chosen, pairs, levels, strict=True)
+                    draw(settings, "held-out", index, self.clips.shape, level)
+                    for index, level in zip(chosen, levels, strict=True)
                 ]
-                losses.append(self._losses(pairs, draws, remember=start))
-        return {"loss": _mean([loss.total for loss in losses]), **_monitors(losses)}
+                losses.append(self.pair_model.evaluate(pairs, draws, settings.beta, tuple(chosen)))
+        if not losses:
+            raise DataError("none of the held-out pairs can be used; run training.mine again, or set held_out to 0")
+        values = averages(losses)
+        del values["difference"]
+        return values
 
-    def _watch_held_out(self, log: JsonlLog, scalars: Scalars) -> None:
-        values = self.held_out()
-        if values is not None:
-            log.write({"event": "held_out", "step": self.step, **values})
-            scalars.write("held_out", self.step, values)
+    def _watch_held_out(self, log: JsonlLog, scalars: Scalars) -> bool:
+        """Evaluate on the held-out pairs; True when the weights are the best so far and are to be kept."""
+        settings, values = self.settings, self.held_out()
+        if values is None:
+            return False
+        log.write({"event": "held_out", "step": self.step, **values})
+        scalars.write("held_out", self.step, values)
+        if settings.arm not in ("sft", "rwr"):
+            watch = self.progress.watch
+            self._warn(log, watch.update_held_out(self.step, values["accuracy"], settings.held_out_pairs))
+        return self._follow(log, values)
 
-    def _train_step(self) -> dict[str, float]:
+    def _watch_samples(self, log: JsonlLog, scalars: Scalars) -> bool:
+        """Sample and score clips; True when the weights are the best so far and are to be kept."""
+        assert self._trial is not None
+        with advice_when_full(self.settings):
+            values = self._trial.measure(self.out / "samples", self.step, self.parameters)
+        log.write({"event": "samples", "step": self.step, **values})
+        scalars.write("samples", self.step, values)
+        return self._follow(log, values)
+
+    def _follow(self, log: JsonlLog, values: dict[str, float]) -> bool:
+        """Early stopping and the choice of the best checkpoint; True when this is the best one and is to be kept."""
+        settings, best = self.settings, self.progress.best
+        if not settings.decides_by_monitor or settings.monitor not in values or self.step == 0:
+            return False
+        if best.update(settings, self.step, values):
+            return settings.keep_best
+        if settings.early_stop and best.stale >= settings.early_stop and self.progress.stopped is None:
+            self.progress.stopped = (
+                f"step {self.step}: {settings.monitor} has not improved on {best.value:.4g} of step {best.step} in "
+                f"{best.stale} evaluations"
+            )
+            logger.warning("early stop: %s", self.progress.stopped)
+            log.write({"event": "early_stop", "step": self.step, "message": self.progress.stopped})
+        return False
+
+    def _warn(self, log: JsonlLog, messages: Sequence[str]) -> None:
+        for message in messages:
+            logger.warning("%s", message)
+            log.write({"event": "warning", "step": self.step, "message": message})
+
+    def _train_step(self) -> dict[str, float] | None:
+        """One optimiser step; returns its monitors, or None when it was skipped as loss or gradient was not finite."""
         settings, started = self.settings, time.perf_counter()
-        rate = settings.learning_rate(self.step)
+        rate, beta = settings.learning_rate(self.step), self.progress.tuner.beta(settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        first, losses = self.step * settings.batch_pairs, []
+        first, losses, trained = self.step * settings.batch_pairs, [], list[PreferencePair]()
         for start in range(first, first + settings.batch_pairs, settings.micro_pairs):
-            indices = range(start, start + settings.micro_pairs)
+            every = range(start, start + settings.micro_pairs)
+            indices = list(compress(every, self.clips.usable([self._train.pair(index) for index in every])))
+            if not indices:
+                continue
             pairs = [self._train.pair(index) for index in indices]
-            draws = [
-                draw(settings, "train", index, self._latent_shape(pair))
-                for index, pair in zip(indices, pairs, strict=True)
-            ]
-            loss = self._losses(pairs, draws)
-            (loss.total.sum() / settings.batch_pairs).backward()
-            losses.append(PairLoss(*(getattr(loss, field.name).detach() for field in fields(loss))))
+            losses.append(self.pair_model.gradients(pairs, indices, beta))
+            trained += pairs
+        skipped = settings.batch_pairs - len(trained)
+        if skipped and trained:  # the mean over the pairs that are left
+            for parameter in self.parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad *= settings.batch_pairs / len(trained)
         limit = float("inf") if settings.max_grad_norm is None else settings.max_grad_norm
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit))
-        total = _mean([loss.total for loss in losses])
-        if not (torch.isfinite(torch.tensor([total, norm])).all()):
-            raise DataError(
-                f"step {self.step + 1}: loss {total} and gradient norm {norm} are not finite; the newest checkpoint is "
-                "unharmed. Lower lr or beta, or compute in float32"
-            )
-        self.optimizer.step()
+        row = averages(losses) if losses else {"loss": math.nan}
         self.step += 1
-        seconds = time.perf_counter() - started
-        return {"loss": total, **_monitors(losses), "grad_norm": norm, "lr": rate, "seconds": round(seconds, 4)}
+        if not (math.isfinite(row["loss"]) and math.isfinite(norm)):
+            self._skip_step(trained, losses, norm)
+            return None
+        self.optimizer.step()
+        self.progress.failed = 0
+        self.progress.tuner.update(row.pop("difference"))
+        row |= {"grad_norm": norm, "lr": rate, "skipped_pairs": skipped}
+        if settings.auto_beta is not None:
+            row["beta"] = beta
+        if settings.arm == "rwr" and self._weighting is not None:
+            weights = self._weighting.of(trained)
+            row["effective_sample_size"] = effective_sample_size([*weights.winner.tolist(), *weights.loser.tolist()])
+        return row | {"seconds": round(time.perf_counter() - started, 4)}
 
-    def _losses(self, pairs: Sequence[PreferencePair], draws: Sequence[Draw], remember: int | None = None) -> PairLoss:
-        """Losses of b pairs; with ``remember``, the reference's predictions are kept under this key."""
-        settings, count = self.settings, len(pairs)
-        clean = torch.stack(
-            [self._latents(p.prompt_id, p.winner) for p in pairs] + [self._latents(p.prompt_id, p.loser) for p in pairs]
-        )
-        noise = torch.stack([d.winner for d in draws] + [d.loser for d in draws])
-        sigma = torch.tensor([d.sigma for d in draws] * 2)
-        text = [self._text(p.prompt_id) for p in pairs] * 2
-        device = self.backbone.device
-        noisy = add_noise(clean, noise, sigma).to(device)
-        target = velocity_target(clean, noise).to(device)
-        reference = self._held_out_reference.get(remember) if remember is not None else None
-        if reference is None:
-            with torch.no_grad(), adapter_off(self.backbone.transformer):
-                reference = self.backbone.velocity(noisy, sigma, text)
-            if remember is not None:
-                self._held_out_reference[remember] = reference.cpu()
-        reference = reference.to(device)
-        model = self.backbone.velocity(noisy, sigma, text)
-        winner, loser = (
-            Predictions(model[side], reference[side], target[side]) for side in (slice(count), slice(count, None))
-        )
-        return pair_loss(
-            winner,
-            loser,
-            arm=settings.arm,
-            beta=settings.beta,
-            clip=settings.clip,
-            anchor_weight=settings.anchor_weight,
-            sft_weight=settings.sft_weight,
-            reduction=settings.reduction,
-        )
+    def _skip_step(self, pairs: Sequence[PreferencePair], losses: Sequence[PairLoss], norm: float) -> None:
+        """Forget a step whose loss or gradient is not finite; raises :class:`DataError` when it cannot go on like this.
 
-    def _latents(self, prompt_id: str, seed: int) -> Tensor:
-        sample = self.store.sample(prompt_id, seed)
-        latents = sample.read_latents()
-        self._shape = self._shape or tuple(latents.shape)
-        if tuple(latents.shape) != self._shape:
+        Weights and optimiser stay as they were; the next step takes the next pairs.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.failed += 1
+        totals = torch.cat([loss.total.cpu() for loss in losses]).tolist() if losses else []
+        names = [
+            f"{pair.prompt_id} ({pair.winner} over {pair.loser})"
+            for pair, total in zip(pairs, totals, strict=True)
+            if not math.isfinite(total)
+        ]
+        what = f"the loss of {', '.join(names)} is" if names else f"the gradient norm ({norm}) is"
+        what = f"step {self.step}: {what} not finite" if losses else f"step {self.step}: none of its pairs can be used"
+        remedy = "lower lr or beta, or compute in float32" if losses else "repair the store and run training.mine again"
+        remedy = f"the newest checkpoint is unharmed; {remedy}"
+        if not all(torch.isfinite(parameter).all() for parameter in self.parameters.values()):
+            raise DataError(f"{what}, and neither are the weights; {remedy}")
+        if self.progress.failed > self.settings.max_bad_steps:
             raise DataError(
-                f"{sample.latents} has shape {tuple(latents.shape)}, the clips before it {self._shape}; "
-                "one training needs clips of one size"
+                f"{what}; that is more than max_bad_steps ({self.settings.max_bad_steps}) steps in a row; {remedy}"
             )
-        return latents
-
-    def _latent_shape(self, pair: PreferencePair) -> tuple[int, ...]:
-        return self._shape or tuple(self._latents(pair.prompt_id, pair.winner).shape)
-
-    def _text(self, prompt_id: str) -> Tensor:
-        if prompt_id not in self._texts:
-            self._texts[prompt_id] = self.store.read_text(prompt_id)
-        return self._texts[prompt_id]
+        logger.warning("%s; the step is skipped", what)
 
 
-@contextmanager
-def adapter_off(transformer: Any) -> Iterator[None]:
-    """Inside the ``with`` block the transformer is the base model, bit for bit."""
-    transformer.disable_adapters()
-    try:
-        yield
-    finally:
-        transformer.enable_adapters()
-
-
-def _add_adapter(backbone: Backbone, settings: TrainSettings) -> dict[str, torch.nn.Parameter]:
+def add_adapter(backbone: Backbone, settings: TrainSettings) -> dict[str, torch.nn.Parameter]:
     """Add the LoRA (A random, B zero) and return its parameters in float32, by name."""
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
@@ -295,22 +327,3 @@ def _add_adapter(backbone: Backbone, settings: TrainSettings) -> dict[str, torch
         transformer.add_adapter(config, adapter_name=ADAPTER)
     cast_training_params(transformer, dtype=torch.float32)
     return {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
-
-
-def _mean(values: Sequence[Tensor]) -> float:
-    return float(torch.cat([value.detach().float().cpu() for value in values]).mean())
-
-
-def _monitors(losses: Sequence[PairLoss]) -> dict[str, float]:
-    """Means over pairs; errors of winner and loser apart, since both can grow while their difference improves."""
-    return {
-        "dpo": _mean([loss.dpo for loss in losses]),
-        "anchor": _mean([loss.anchor for loss in losses]),
-        "sft": _mean([loss.sft for loss in losses]),
-        "accuracy": _mean([loss.accuracy for loss in losses]),
-        "margin": _mean([loss.margin for loss in losses]),
-        "winner_gain": _mean([loss.winner_gain for loss in losses]),
-        "loser_gain": _mean([loss.loser_gain for loss in losses]),
-        "norm_ratio": _mean([loss.norm_ratio for loss in losses]),
-        "gradient_factor": _mean([loss.gradient_factor for loss in losses]),
-    }

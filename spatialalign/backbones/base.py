@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-LoraTargets = Literal["spatialalign", "cross-kv", "all-linear"]
+LoraTargets = Literal["spatialalign", "cross-kv", "attention", "all-linear"]
 """Which linears a LoRA sits on: the paper's set (text embedding and cross-attention k, v), its cross-attention part
-alone, or every linear of the blocks and of the text embedding."""
+alone, Flow-DPO's set (q, k, v and output of every attention), or every linear of blocks and text embedding."""
 
 NEGATIVE_PROMPT = (
     "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, overall "

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import ConfigError, DataError, ModelError
 from ..files import read_json
 from .base import LoraTargets, SampleSettings
+from .checkpointing import is_compiled
 from .flow import euler_step, guided, sampling_sigmas
 from .latent_space import LatentSpace
 from .padding import collapse_padding, cross_attention_bias, pad_text
@@ -27,6 +28,8 @@ TEXT_LENGTH = 512
 
 SETTINGS_FILE = "spatialalign.json"
 """Optional file in a model folder: ``fps`` and any of the fields of :class:`SampleSettings`."""
+
+_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
 _PARTS = {
     "transformer": "WanTransformer3DModel",
@@ -206,7 +209,9 @@ class WanBackbone:
         # Attention kernels on CUDA are fastest without a mask and the text is 1 % of the work there; blocks recomputed
         # by gradient checkpointing would not see the mask. A pass without gradients takes the same way, so that a
         # reference differs from the model by the adapter alone and not by rounding.
-        if self.device.type == "cuda" or self.transformer.gradient_checkpointing:
+        # Compiled blocks would be compiled anew for every mask.
+        fixed = self.transformer.gradient_checkpointing or is_compiled(self.transformer)
+        if self.device.type in ("cuda", "meta") or fixed:
             padded = pad_text(rows, TEXT_LENGTH)
             return self.transformer(x, timestep, padded, return_dict=False)[0].float()
         short, bias = collapse_padding(rows, TEXT_LENGTH)
@@ -289,9 +294,13 @@ class WanBackbone:
             return text + cross
         if kind == "cross-kv":
             return cross
+        if kind == "attention":
+            ends = tuple(f".{attention}.{part}" for attention in ("attn1", "attn2") for part in _PROJECTIONS)
+            return [name for name in linears if name.endswith(ends)]
         if kind == "all-linear":
             return text + [name for name in linears if name.startswith("blocks.")]
-        raise ConfigError(f"LoRA targets must be 'spatialalign', 'cross-kv' or 'all-linear', found {kind!r}")
+        known = "'spatialalign', 'cross-kv', 'attention' or 'all-linear'"
+        raise ConfigError(f"LoRA targets must be {known}, found {kind!r}")
 
 
 def pick_device(device: str) -> str:

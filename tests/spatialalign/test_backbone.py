@@ -168,6 +168,7 @@ def test_lora_targets(backbone: WanBackbone) -> None:
     """Two text linears and k, v of both blocks; all linears: 2 + 2 blocks x (2 attentions x 4 + 2)."""
     assert len(backbone.lora_targets("spatialalign")) == 2 + 4
     assert len(backbone.lora_targets("cross-kv")) == 4
+    assert len(backbone.lora_targets("attention")) == 2 * 2 * 4  # blocks, self and cross, q k v o
     assert len(backbone.lora_targets("all-linear")) == 2 + 2 * 10
     with pytest.raises(ConfigError, match="everything"):
         backbone.lora_targets("everything")  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ SETTINGS = TrainSettings(
     held_out_pairs=2,
     held_out_every=3,
     checkpoint_every=2,
-    gradient_checkpointing=False,
+    checkpointing="none",
     tensorboard=False,
 )
 
@@ -107,7 +108,7 @@ def test_stopped_and_continued_equals_one_go_to_the_bit(
 
     plain = trainer.Trainer._train_step
 
-    def interrupted(self: trainer.Trainer) -> dict[str, float]:
+    def interrupted(self: trainer.Trainer) -> dict[str, float] | None:
         row = plain(self)
         if self.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -120,11 +121,84 @@ def test_stopped_and_continued_equals_one_go_to_the_bit(
     assert train(backbone, paired_store, pairs, tmp_path / "parts", SETTINGS).finished
     assert equal(final(tmp_path / "straight"), final(tmp_path / "parts"))
 
-    logs = []
-    for name in ("straight", "parts"):
-        rows = [json.loads(line) for line in (tmp_path / name / "train.jsonl").read_text().splitlines()]
-        logs.append([{key: value for key, value in row.items() if key != "seconds"} for row in rows])
+    assert log_without_times(tmp_path / "straight") == log_without_times(tmp_path / "parts")
+
+
+def test_the_loops_own_state_continues_to_the_bit(
+    backbone: WanBackbone, paired_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tuned beta, counters of the warnings, a skipped step and the best checkpoint, stopped after every step."""
+    from training import trainer
+
+    settings = replace(
+        SETTINGS,
+        arm="dpo",
+        clip=None,
+        steps=8,
+        auto_beta=0.3,
+        early_stop=7,
+        keep_best=True,
+        monitor="loss",
+        held_out_every=1,
+        checkpoint_every=100,
+        keep_checkpoints=1,
+    )
+    plain, pairs = trainer.Trainer._train_step, paired_store.root / "pairs.json"
+
+    def broken_once(self: trainer.Trainer, stops: bool) -> dict[str, float] | None:
+        velocity = backbone.velocity
+        if self.step == 4:
+            backbone.velocity = lambda *inputs: velocity(*inputs) * float("nan")  # type: ignore[method-assign]
+        row = plain(self)
+        backbone.velocity = velocity  # type: ignore[method-assign]
+        if stops:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return row
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_train_step", lambda self: broken_once(self, False))
+        straight = train(backbone, paired_store, pairs, tmp_path / "straight", settings)
+        patch.setattr(trainer.Trainer, "_train_step", lambda self: broken_once(self, True))
+        for _ in range(settings.steps):
+            parts = train(backbone, paired_store, pairs, tmp_path / "parts", settings)
+    assert parts.finished
+    assert parts.step == straight.step
+    assert equal(final(tmp_path / "straight"), final(tmp_path / "parts"))
+    states = [
+        json.loads((tmp_path / n / "checkpoints/step-000008/state.json").read_text()) for n in ("straight", "parts")
+    ]
+    assert states[0]["progress"] == states[1]["progress"]
+    assert states[0]["progress"]["tuner"]["updates"] == 7
+    assert states[0]["progress"]["watch"]["accuracy"] != 0.5
+    logs = [log_without_times(tmp_path / name) for name in ("straight", "parts")]
     assert logs[0] == logs[1]
+    assert [row["step"] for row in logs[0] if row["event"] == "skipped_step"] == [5]
+    betas = [row["beta"] for row in logs[0] if row["event"] == "train"]
+    assert betas[:3] == [20.0] * 3  # the warm-up of two steps, and one more update
+    assert len(set(betas[3:])) == 4
+
+
+def log_without_times(out: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def test_the_best_weights_are_exported_and_named(backbone: WanBackbone, paired_store: Store, tmp_path: Path) -> None:
+    """The learning rate makes the held-out loss worse at first or at last; whatever is best is in the files."""
+    pairs, out = paired_store.root / "pairs.json", tmp_path / "out"
+    settings = replace(SETTINGS, lr=0.3, steps=6, held_out_every=1, monitor="loss", keep_best=True, keep_checkpoints=1)
+    result = train(backbone, paired_store, pairs, out, settings)
+    losses = {row["step"]: row["loss"] for row in log_without_times(out) if row["event"] == "held_out" and row["step"]}
+    best = min(losses, key=lambda step: losses[step])
+    assert result.step == best < 6
+    assert result.held_out is not None
+    assert result.held_out["loss"] == pytest.approx(losses[best])
+    assert result.comfy is not None
+    assert adapter_metadata(result.comfy)["step"] == best
+    assert json.loads((out / "summary.json").read_text())["steps_done"] == 6
+    kept = load_file(out / f"checkpoints/step-{best:06d}/lora.safetensors")
+    exported = load_file(result.comfy)["diffusion_model.blocks.1.cross_attn.v.lora_A.weight"]
+    torch.testing.assert_close(exported, kept["blocks.1.attn2.to_v.lora_A.spatialalign.weight"])
 
 
 def test_a_killed_process_continues_exactly(tiny_wan: Path, paired_store: Store, tmp_path: Path) -> None:
@@ -227,7 +301,7 @@ def test_a_bfloat16_base_trains_a_float32_lora(tiny_wan: Path, paired_store: Sto
 
     half = load_backbone(str(tiny_wan), device="cpu", dtype="bfloat16")
     assert half.transformer.condition_embedder.time_embedder.linear_1.weight.dtype == torch.float32
-    settings = replace(SETTINGS, gradient_checkpointing=True)
+    settings = replace(SETTINGS, checkpointing="full")
     result = train(half, paired_store, paired_store.root / "pairs.json", tmp_path / "out", settings)
     assert result.comfy is not None
     assert {tensor.dtype for tensor in load_file(result.comfy).values()} == {torch.float32}

@@ -16,14 +16,17 @@ from torch import Tensor
 
 from spatialalign.backbones.flow import add_noise, training_sigmas
 from spatialalign.backbones.wan import WanBackbone
-from spatialalign.errors import ConfigError, DataError
+from spatialalign.errors import DataError
 from spatialalign.lora import unload_lora
-from training.config import PRESETS, TrainSettings, describe_changes
+from training.config import TrainSettings
+from training.draws import draw, rounded_level
+from training.gradients import adapter_off
 from training.losses import flow_error
-from training.monitors import JsonlLog, RegimeWatch
-from training.pairs import PreferencePair, read_pairs
-from training.store import LatentsHeader, Store
-from training.trainer import ADAPTER, Trainer, adapter_off, draw
+from training.monitors import JsonlLog
+from training.pairs import read_pairs
+from training.presets import PRESETS
+from training.store import Store
+from training.trainer import ADAPTER, Trainer
 
 SETTINGS = TrainSettings(
     arm="dpo+zo",
@@ -37,7 +40,7 @@ SETTINGS = TrainSettings(
     shift=3.0,
     lr=5e-3,
     warmup_steps=2,
-    gradient_checkpointing=False,
+    checkpointing="none",
     held_out_pairs=4,
     held_out_every=3,
     checkpoint_every=3,
@@ -64,7 +67,7 @@ def rows(out: Path, event: str = "train") -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("arm", ["dpo", "dpo+zo"])
-@pytest.mark.parametrize("preset", ["paper", "miniature"])
+@pytest.mark.parametrize("preset", ["spatialalign", "flow-dpo", "diffusion-dpo", "miniature"])
 def test_the_first_loss_is_log_two(
     backbone: WanBackbone, paired_store: Store, tmp_path: Path, arm: str, preset: str
 ) -> None:
@@ -76,6 +79,8 @@ def test_the_first_loss_is_log_two(
         tmp_path / "out",
         arm=arm,
         beta=settings.beta,
+        half_beta=settings.half_beta,
+        error_of=settings.error_of,
         noise=settings.noise,
         steps=1,
         warmup_steps=0,
@@ -151,6 +156,7 @@ def test_the_first_step_matches_a_recomputation_by_hand(
                     reference = flow_error(backbone.velocity(noisy, sigma, text), noise - clean)
             gains[side].append(float(reference - error))
     row = run._train_step()
+    assert row is not None
     assert row["winner_gain"] == pytest.approx(sum(gains["winner"]) / 2, rel=1e-4)
     assert row["loser_gain"] == pytest.approx(sum(gains["loser"]) / 2, rel=1e-4)
     margins = [20.0 * (won - lost) for won, lost in zip(gains["winner"], gains["loser"], strict=True)]
@@ -170,7 +176,7 @@ def test_micro_batches_and_checkpointing_change_memory_only(
     for name, changes in (
         ("whole", {"micro_pairs": 4}),
         ("split", {"micro_pairs": 1}),
-        ("recomputed", {"micro_pairs": 4, "gradient_checkpointing": True}),
+        ("recomputed", {"micro_pairs": 4, "checkpointing": "full"}),
     ):
         run = trainer(backbone, paired_store, tmp_path / name, steps=2, warmup_steps=0, **changes)
         run.fit()
@@ -201,65 +207,41 @@ def test_noise_levels_are_uniform_over_the_shifted_schedule() -> None:
     assert set(drawn.tolist()) <= set(training_sigmas(5.0).float().tolist())
 
 
-def test_learning_rate_warms_up_falls_and_never_rises_again() -> None:
-    """Warm-up of 300 to 1e-4; half way down the cosine, at 1650 of 300..3000, half of it; 0 from 3000 on."""
-    settings = TrainSettings()
-    assert settings.learning_rate(0) == pytest.approx(1e-4 / 300)
-    assert settings.learning_rate(299) == pytest.approx(1e-4)
-    assert settings.learning_rate(300) == pytest.approx(1e-4)
-    assert settings.learning_rate(1650) == pytest.approx(5e-5)
-    rates = [settings.learning_rate(step) for step in range(300, 7000, 10)]
-    assert rates == sorted(rates, reverse=True)
-    assert settings.learning_rate(3000) == settings.learning_rate(6900) == 0
+def test_rounded_timesteps_by_hand() -> None:
+    """bfloat16 has 8 significant bits: steps of 4 from 512 to 1024, of 2 from 256 to 512.
+
+    Shift 5, u = 0.999: t = 1000 * 4.995 / 4.996 = 999.800, told 1000, whose entry is u = 1. At u = 0.5, t = 833.33,
+    told 832; 1000 * 5u / (1 + 4u) = 832 at u = 0.49761, nearest entry u = 0.498: sigma = 2.49 / 2.992.
+    """
+    sigmas = training_sigmas(5.0)
+    assert rounded_level(float(sigmas[1]), sigmas) == (1.0, 1.0)
+    sigma, told = rounded_level(float(sigmas[500]), sigmas)
+    assert told == pytest.approx(0.832)
+    assert sigma == pytest.approx(2.49 / 2.992)
+    exact, rounded = (draw(replace(SETTINGS, bf16_timesteps=on), "train", 3, (1, 1, 1, 1)) for on in (False, True))
+    assert exact.sigma == exact.told
+    assert torch.equal(exact.winner, rounded.winner)
+    assert 1000 * rounded.told == float(torch.tensor(1000 * exact.sigma).bfloat16())
+    assert abs(rounded.sigma - exact.sigma) <= 0.003
 
 
-def test_the_paper_preset_holds_the_papers_constants() -> None:
-    paper = PRESETS["paper"]
-    assert (paper.rank, paper.alpha, paper.targets) == (16, 16, "spatialalign")
-    assert (paper.arm, paper.beta, paper.clip, paper.anchor_weight, paper.reduction) == ("dpo+zo", 1, 5, 0.5, "mean")
-    assert (paper.lr, paper.weight_decay, paper.warmup_steps, paper.steps) == (1e-4, 0.01, 300, 3000)
-    assert (paper.batch_pairs, paper.micro_pairs, paper.shift, paper.noise) == (48, 1, 5, "independent")
-    assert paper.max_grad_norm is None
+def test_the_model_is_told_the_rounded_timestep(
+    backbone: WanBackbone, paired_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Tensor] = []
+    plain = backbone.velocity
 
+    def listen(x: Tensor, sigma: Tensor, text: Any) -> Tensor:
+        told.append(sigma)
+        return plain(x, sigma, text)
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"lr": 0.0}, "lr must be above 0"),
-        ({"batch_pairs": 5, "micro_pairs": 2}, "multiple of micro_pairs"),
-        ({"warmup_steps": 9, "steps": 9}, "warmup_steps"),
-        ({"held_out": 1.0}, "held_out"),
-        ({"clip": -1.0}, "clip"),
-    ],
-)
-def test_settings_check_themselves(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        replace(TrainSettings(), **changes)
-
-
-def test_changes_are_described_and_harmless_ones_are_not() -> None:
-    before, now = {"lr": 1e-4, "checkpoint_every": 5}, {"lr": 2e-4, "checkpoint_every": 9}
-    assert describe_changes(before, now) == ["lr: 0.0001 -> 0.0002"]
-
-
-def test_nan_latents_stop_the_run_by_name(backbone: WanBackbone, paired_store: Store, tmp_path: Path) -> None:
-    settings = backbone.default_settings()
-    header = LatentsHeader(backbone.latent_space, backbone.model_id, settings.to_dict(), settings.digest)
-    for name in ("0001_LR", "0002_RL"):
-        paired_store.sample(name, 0).write_latents(torch.full((16, 2, 4, 4), float("nan")), header)
-    with pytest.raises(DataError, match=r"000._.*latents\.safetensors.*NaN"):
-        trainer(backbone, paired_store, tmp_path / "out").fit()
-
-
-def test_clips_of_different_sizes_are_named(backbone: WanBackbone, paired_store: Store, tmp_path: Path) -> None:
-    header = paired_store.sample("0001_LR", 0).read_header()
-    paired_store.sample("0002_RL", 0).write_latents(torch.zeros(16, 3, 4, 4), header)
-    run = trainer(backbone, paired_store, tmp_path / "out")
-    with pytest.raises(DataError, match="one size"):
-        run._losses(
-            [PreferencePair("0001_LR", 0, 1), PreferencePair("0002_RL", 0, 1)],
-            [draw(SETTINGS, "train", index, (16, 2, 4, 4)) for index in (0, 1)],
-        )
+    monkeypatch.setattr(backbone, "velocity", listen)
+    run = trainer(backbone, paired_store, tmp_path / "out", bf16_timesteps=True, batch_pairs=2)
+    run._train_step()
+    expected = [draw(run.settings, "train", index, (16, 2, 4, 4)).told for index in (0, 1)]
+    assert told
+    for given in told:
+        torch.testing.assert_close(given, torch.tensor((expected * 2)[: len(given)]))
 
 
 def test_a_diverging_run_stops_and_keeps_its_weights(
@@ -292,13 +274,6 @@ def test_monitors_are_logged_every_step(backbone: WanBackbone, paired_store: Sto
     } <= train[0].keys()
     for row in train:
         assert row["loss"] == pytest.approx(row["dpo"] + 0.5 * row["anchor"], abs=1e-6)
-
-
-def test_regime_warnings() -> None:
-    watch = RegimeWatch(patience=3)
-    assert [watch.update(step, 0.501) is not None for step in range(1, 6)] == [False, False, True, False, False]
-    assert watch.update(6, 0.4) is None
-    assert [watch.update(step, 0.001) is not None for step in range(7, 10)] == [False, False, True]
 
 
 def test_log_survives_a_cut_line_and_a_resume(tmp_path: Path) -> None:
