@@ -22,7 +22,6 @@ from spatialalign.lora import unload_lora
 from spatialalign.prompts import Prompt
 from spatialalign.score import dsr_score
 from spatialalign.tracks import Tracks
-from training.config import TrainSettings
 from training.dpo import train
 from training.memory import remedies
 from training.monitors import JsonlLog
@@ -32,24 +31,7 @@ from training.store import Store
 from training.trainer import ADAPTER, Trainer
 from training.weights import Weighting, read_scores
 
-SETTINGS = TrainSettings(
-    arm="dpo+zo",
-    steps=6,
-    batch_pairs=4,
-    micro_pairs=2,
-    rank=4,
-    alpha=4,
-    beta=20.0,
-    noise="shared",
-    shift=3.0,
-    lr=5e-3,
-    warmup_steps=2,
-    checkpointing="none",
-    held_out_pairs=4,
-    held_out_every=3,
-    checkpoint_every=3,
-    tensorboard=False,
-)
+from .test_trainer import SETTINGS
 
 
 @pytest.fixture(autouse=True)
