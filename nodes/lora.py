@@ -63,7 +63,7 @@ class LoadAlignedLora(io.ComfyNode):
     def execute(cls, model: Any, lora: str, strength: float) -> io.NodeOutput:
         from ..spatialalign.lora import fit_lora
         from ..spatialalign.lora_report import describe, warnings
-        from ..spatialalign.wan_modules import diffusers_name
+        from ..spatialalign.module_names import diffusers_name
 
         sizes = host.linear_sizes(model)
         fitted = fit_lora(host.lora_path(lora), sizes)

@@ -1,8 +1,9 @@
-"""LoRA files of Wan models: the names of every dialect, reading, writing and loading.
+"""LoRA files of Wan and LTX-Video models: the names of every dialect, reading, writing and loading.
 
 Two formats are written, both with alpha folded into B so that every reader's default scale of 1 is right: ComfyUI's
 (``diffusion_model.<original name>.lora_A.weight``) and diffusers' (``transformer.<diffusers name>.lora_A.weight`` with
-``lora_adapter_metadata``). Every other dialect is read. Modules are named as in diffusers' ``WanTransformer3DModel``.
+``lora_adapter_metadata``). Every other dialect is read. Modules have the
+names of diffusers' transformers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import LoraError
 from .files import atomic_path
-from .wan_modules import diffusers_name, original_name
+from .module_names import diffusers_name, is_ltx, original_name
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +36,8 @@ _SUFFIX = re.compile(
     r"(?P<up>lora_B(?:\.[\w-]+)?\.weight|lora_B|lora_up\.weight|lora\.up\.weight)|"
     r"(?P<alpha>alpha))$"
 )
-_WIDTHS = {128: "the miniature", 1536: "Wan 1.3B", 3072: "Wan 2.2 5B", 5120: "Wan 14B"}
+WIDTHS = {128: "the miniature", 1536: "Wan 1.3B", 3072: "Wan 2.2 5B", 5120: "Wan 14B"}
+"""Models by the width of their blocks."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise LoraError(
             f"{path} is not a plain tensor file ({error}); code in checkpoints is never run, convert it to safetensors"
         ) from error
@@ -244,12 +246,12 @@ def _few(names: Iterable[str]) -> str:
 
 def _size(size: tuple[int, int]) -> str:
     """``5120x5120 (Wan 14B)``: a layer's size and, where one of its sides is a known width, whose it is."""
-    owner = next((_WIDTHS[side] for side in size if side in _WIDTHS), None)
+    owner = next((WIDTHS[side] for side in size if side in WIDTHS), None)
     return f"{size[0]}x{size[1]}" + (f" ({owner})" if owner else "")
 
 
 def load_lora(transformer: Any, path: str | Path, adapter: str = "spatialalign", scale: float = 1.0) -> Loaded:
-    """Load a LoRA file of any dialect into a diffusers ``WanTransformer3DModel`` as an active adapter.
+    """Load a LoRA file of any dialect into a diffusers Wan or LTX-Video transformer as an active adapter.
 
     Raises:
         LoraError: nothing in the file fits the model, the sizes are another model's, or the name is taken.
@@ -305,36 +307,48 @@ def save_lora(
 
 
 def write_pairs(
-    pairs: Mapping[str, LoraPair], comfy: str | Path, diffusers: str | Path, metadata: Mapping[str, Any]
+    pairs: Mapping[str, LoraPair],
+    comfy: str | Path,
+    diffusers: str | Path,
+    metadata: Mapping[str, Any],
+    headers: Mapping[str, str] | None = None,
 ) -> None:
-    """Write pairs (diffusers module names) in both formats; see :func:`save_lora`."""
+    """Write pairs (diffusers module names) in both formats; see :func:`save_lora`.
+
+    ``headers`` are entries of the safetensors header that win over those made here, such as the title of a LoRA that
+    somebody else trained.
+    """
     from safetensors.torch import save_file
 
-    ranks = sorted({pair.down.shape[0] for pair in pairs.values()})
+    ranks, ltx = sorted({pair.down.shape[0] for pair in pairs.values()}), any(map(is_ltx, pairs))
     common = {
         "format": "pt",
         "spatialalign": json.dumps(dict(metadata), sort_keys=True),
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "wan2.1/lora",
-        "modelspec.implementation": "https://github.com/Wan-Video/Wan2.1",
+        "modelspec.architecture": "ltx-video/lora" if ltx else "wan2.1/lora",
+        "modelspec.implementation": f"https://github.com/{'Lightricks/LTX-Video' if ltx else 'Wan-Video/Wan2.1'}",
         "modelspec.title": f"SpatialAlign LoRA for {metadata.get('base_model', 'Wan 2.1')}",
         "modelspec.description": f"Dynamic spatial relationships, step {metadata.get('step', 'unknown')}",
         "modelspec.license": str(metadata.get("license", "Apache-2.0")),
         "ss_network_module": "networks.lora",
         "ss_network_dim": ",".join(map(str, ranks)),
         "ss_network_alpha": ",".join(map(str, ranks)),
+        **(headers or {}),
     }
     original = {}
     for module, pair in pairs.items():
         name = original_name(module)
         if name is None:
-            raise LoraError(f"{module} has no name in ComfyUI's Wan model, so its LoRA cannot be exported")
+            raise LoraError(f"{module} has no name in ComfyUI's model, so its LoRA cannot be exported")
         original[f"diffusion_model.{name}.lora_A.weight"] = pair.down.contiguous()
         original[f"diffusion_model.{name}.lora_B.weight"] = pair.up.contiguous()
     with atomic_path(comfy) as temporary:
         save_file(original, temporary, metadata=common)
     peft_config: dict[str, Any] = {"transformer.r": ranks[0], "transformer.lora_alpha": ranks[0]}
     peft_config |= {"transformer.target_modules": sorted(pairs)}
+    if len(ranks) > 1:  # diffusers would otherwise give every module the first rank
+        by_module = {module: pair.down.shape[0] for module, pair in sorted(pairs.items())}
+        peft_config |= {"transformer.rank_pattern": by_module, "transformer.alpha_pattern": by_module}
     with atomic_path(diffusers) as temporary:
         save_file(
             _diffusers_tensors(pairs, "transformer."),

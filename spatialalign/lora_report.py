@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .lora import Fitted, training_notes
-from .wan_modules import original_name
+from .module_names import original_name
 
 _KINDS = (
     ("blocks.N.self_attn.", "self-attention"),

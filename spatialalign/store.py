@@ -125,8 +125,16 @@ class Sample:
 
     @property
     def scored(self) -> bool:
-        """Whether tracks and score are both there; a score without tracks does not count."""
-        return self.tracks.is_file() and self.score.is_file()
+        """Whether tracks and score are both there; a score without tracks counts only where it was imported."""
+        return self.score.is_file() and (self.tracks.is_file() or self.imported)
+
+    @property
+    def imported(self) -> bool:
+        """Whether the score was given as a number by others, so that neither tracks nor a video belong to it."""
+        try:
+            return self.score.is_file() and bool(read_json(self.score).get("imported"))
+        except (DataError, AttributeError):
+            return False
 
     def write_latents(self, latents: Tensor, header: LatentsHeader) -> None:
         """Store latents ``(c, f, h, w)``; whatever was derived from former latents is removed first."""
@@ -163,9 +171,13 @@ class Sample:
         """Store the score; ``tracker`` says where its tracks come from (``Tracks.source``)."""
         write_json(self.score, {**score.to_dict(), "tracker": tracker})
 
+    def write_imported_score(self, score: DsrScore, source: str) -> None:
+        """Store a score that others computed, of which no tracks are known; ``source`` says who."""
+        write_json(self.score, {**score.to_dict(), "tracker": source, "imported": True})
+
     def read_score(self) -> DsrScore:
         """The score; raises :class:`DataError` when it is missing, damaged, or has lost its tracks."""
-        if self.score.is_file() and not self.tracks.is_file():
+        if self.score.is_file() and not self.scored:
             raise DataError(f"{self.score} has no tracks beside it; run training.score again")
         try:
             return DsrScore.from_dict(read_json(self.score))

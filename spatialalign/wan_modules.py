@@ -51,3 +51,9 @@ def diffusers_name(module: str) -> str | None:
         return _TO_DIFFUSERS.get(module)
     inner = _TO_DIFFUSERS_IN_BLOCK.get(block[2])
     return None if inner is None else f"blocks.{block[1]}.{inner}"
+
+
+def wan_linears(blocks: int) -> list[str]:
+    """The diffusers names of every linear that a Wan transformer with so many blocks can have, of any version."""
+    inner = [f"blocks.{block}.{name}" for block in range(blocks) for name in _TO_ORIGINAL_IN_BLOCK]
+    return [*(name for name in _TO_ORIGINAL if name != "patch_embedding"), *inner]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 # Before anything imports torch or transformers.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -46,3 +47,136 @@ def miniature_weights() -> Path:
     if missing:
         pytest.skip(f"the miniature's weights lack {', '.join(missing)}: build them with python -m training.miniature")
     return folder
+
+
+def _text_parts(encoder: str) -> dict[str, Any]:
+    """A word tokenizer and a random text encoder of width 16, "t5" or "umt5"."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
+
+    words = "<pad> </s> <unk> a an , . the is on left right top of to then cat dog fox box chair bench in at by blurred"
+    vocabulary = {word: index for index, word in enumerate(words.split())}
+    tokens = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokens.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    sizes = {"vocab_size": len(vocabulary), "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    return {
+        "tokenizer": PreTrainedTokenizerFast(
+            tokenizer_object=tokens, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+        ),
+        "text_encoder": T5EncoderModel(T5Config(**sizes)) if encoder == "t5" else UMT5EncoderModel(UMT5Config(**sizes)),
+    }
+
+
+def _settings_file(folder: Path, **settings: object) -> Path:
+    import json
+
+    (folder / "spatialalign.json").write_text(json.dumps({**settings, "negative_prompt": "blurred"}))
+    return folder
+
+
+def _wan_transformer(channels: int) -> Any:
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=channels,
+        out_channels=channels,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=24,
+        num_layers=2,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_a14b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Wan 2.2 A14B folder: two random transformers, boundary 0.875, clips 5x32x32, three steps with shift 12."""
+    import torch
+    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
+
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("models") / "a14b"
+    WanPipeline(
+        **_text_parts("umt5"),
+        vae=AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=12.0),
+        transformer=_wan_transformer(16),
+        transformer_2=_wan_transformer(16),
+        boundary_ratio=0.875,
+    ).save_pretrained(folder)
+    sizes = {"frames": 5, "height": 32, "width": 32, "fps": 8}
+    return _settings_file(folder, **sizes, steps=3, guidance=4.0, guidance_2=3.0, shift=12.0)
+
+
+@pytest.fixture(scope="session")
+def tiny_ti2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Wan 2.2 TI2V-5B folder: 48 latent channels, 16 pixels a latent, a timestep for each token; clips 5x64x64."""
+    import torch
+    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
+
+    torch.manual_seed(2)
+    folder = tmp_path_factory.mktemp("models") / "ti2v"
+    vae = AutoencoderKLWan(
+        base_dim=8,
+        decoder_base_dim=8,
+        z_dim=48,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=torch.linspace(-0.5, 0.5, 48).tolist(),
+        latents_std=torch.linspace(0.5, 1.5, 48).tolist(),
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+    )
+    WanPipeline(
+        **_text_parts("umt5"),
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        transformer=_wan_transformer(48),
+        expand_timesteps=True,
+    ).save_pretrained(folder)
+    return _settings_file(folder, frames=5, height=64, width=64, steps=3, guidance=4.0, shift=5.0, fps=8)
+
+
+@pytest.fixture(scope="session")
+def tiny_ltx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An LTX-Video folder: 8 latent channels, a latent of 8 frames and 32 x 32 pixels; clips 9x64x64."""
+    import torch
+    from diffusers import (
+        AutoencoderKLLTXVideo,
+        FlowMatchEulerDiscreteScheduler,
+        LTXPipeline,
+        LTXVideoTransformer3DModel,
+    )
+
+    torch.manual_seed(3)
+    folder = tmp_path_factory.mktemp("models") / "ltx"
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+    )
+    vae.latents_mean.copy_(torch.linspace(-0.5, 0.5, 8))
+    vae.latents_std.copy_(torch.linspace(0.5, 1.5, 8))
+    LTXPipeline(
+        **_text_parts("t5"),
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        transformer=LTXVideoTransformer3DModel(
+            in_channels=8,
+            out_channels=8,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            cross_attention_dim=24,
+            num_layers=2,
+            caption_channels=16,
+        ),
+    ).save_pretrained(folder)
+    return _settings_file(folder, frames=9, height=64, width=64, steps=3, guidance=4.0, shift=5.0, fps=8)

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import sys
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,19 +28,20 @@ def options_of(settings: type) -> Any:
     return dataclasses.field(default_factory=dict, metadata={_OPTIONS_OF: settings})
 
 
-def parse(arguments: type[T], argv: Sequence[str] | None = None) -> T:
+def parse(arguments: type[T], argv: Sequence[str] | None = None, verb: str = "") -> T:
     """Parse a command line into the dataclass ``arguments``.
 
     Every field becomes an option of the same name, documented by the string below the field; ``--config file.yaml``
     sets any of them, and options after it win. Wrong options end the program with exit status 2; for a misspelt one, on
-    the command line or in the file, the nearest name is suggested.
+    the command line or in the file, the nearest name is suggested. ``verb`` is the sub-command, for a program that has
+    some.
     """
     from docstring_parser import parse_from_object
     from jsonargparse import ArgumentParser
 
     # Added one by one: jsonargparse's own way also runs the module's TYPE_CHECKING imports, heavy libraries and all.
     parser = ArgumentParser(
-        prog=_prog(arguments), description=_description(parse_from_object(arguments)), exit_on_error=False
+        prog=_prog(arguments, verb), description=_description(parse_from_object(arguments)), exit_on_error=False
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
     names = _add_options(parser, arguments, defaults=True)
@@ -119,23 +120,43 @@ def _keys(path: str) -> Iterable[Any]:
     return value if isinstance(value, dict) else []
 
 
-def command(arguments: type[T], run: Callable[[T], object], argv: Sequence[str] | None = None) -> None:
+def command(arguments: type[T], run: Callable[[T], object], argv: Sequence[str] | None = None, verb: str = "") -> None:
     """The ``main`` of a program: parse, run, and turn an error a user can act on into one line and exit status 2."""
     try:
-        run(parse(arguments, argv))
+        run(parse(arguments, argv, verb))
     except SpatialAlignError as error:
-        print(f"{_prog(arguments)}: error: {error}", file=sys.stderr)
+        print(f"{_prog(arguments, verb)}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)
         raise SystemExit(130) from None
 
 
-def _prog(arguments: type) -> str:
+def subcommands(
+    verbs: Mapping[str, tuple[type, Callable[[Any], object]]], description: str, argv: Sequence[str] | None = None
+) -> None:
+    """The ``main`` of a program with sub-commands, each a dataclass of arguments and the function that takes it."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given and given[0] in verbs:
+        arguments, run = verbs[given[0]]
+        command(arguments, run, given[1:], given[0])
+        return
+    prog = _prog(next(iter(verbs.values()))[0])
+    parser = argparse.ArgumentParser(prog, description=description, formatter_class=argparse.RawTextHelpFormatter)
+    lines = [f"{name}: {(arguments.__doc__ or '').splitlines()[0]}" for name, (arguments, _) in verbs.items()]
+    parser.add_argument("command", help="\n".join([*lines, f"options of each: {prog} <command> --help"]))
+    parser.parse_args([word for word in given[:1] if word in ("-h", "--help")] or given[:1])
+    near = difflib.get_close_matches(given[0], list(verbs), n=1, cutoff=0.5)
+    hint = f"; the nearest is {near[0]!r}" if near else f"; expected one of {', '.join(verbs)}"
+    parser.error(f"there is no command {given[0]!r}{hint}")
+
+
+def _prog(arguments: type, verb: str = "") -> str:
     """``python -m training.dpo`` for the arguments of that program, however it was started."""
     module = arguments.__module__
     spec = getattr(sys.modules[module], "__spec__", None)
-    return f"python -m {spec.name if module == '__main__' and spec is not None else module}"
+    name = f"python -m {spec.name if module == '__main__' and spec is not None else module}"
+    return f"{name} {verb}" if verb else name
 
 
 def _description(documented: Any) -> str:

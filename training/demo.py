@@ -181,7 +181,7 @@ def choose_prompts(out: Path, sizes: Sizes) -> tuple[list[Prompt], list[Prompt]]
 def load(device: str, sizes: Sizes) -> tuple[Backbone, Tracker, SampleSettings]:
     """The miniature's generator and tracker, and how clips are sampled."""
     from spatialalign.backbones import load_backbone
-    from spatialalign.backbones.wan import pick_device
+    from spatialalign.backbones.loading import pick_device
     from spatialalign.tracking.load import load_tracker
 
     backbone = load_backbone("miniature", device, "float32")

@@ -6,18 +6,20 @@ import dataclasses
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from spatialalign.claims import exclusive
-from spatialalign.errors import DataError, LoraError
+from spatialalign.errors import ConfigError, DataError, LoraError
 from spatialalign.files import write_json
 from training.cli import command, options_of
 from training.config import TrainSettings, fingerprint
 from training.interrupt import stop_requests
 from training.pairs import PromptPairs, read_pairs, scored_by, split_pairs
 from training.presets import PRESETS, Preset
+from training.processes import ALONE, Processes, launched, launched_rank
 from training.store import Store
 
 if TYPE_CHECKING:
@@ -36,11 +38,12 @@ FEW_EFFECTIVE = 0.2
 class Dpo:
     """Train a LoRA that prefers winners to losers; run the same command again to continue a stopped run.
 
+    Several processes share each step, started by torchrun --nproc_per_node 8 -m training.dpo or by accelerate launch.
     Options that are not given take the value of the preset.
     """
 
     model: str
-    """Base model: a diffusers WanPipeline folder, a hub id, or "miniature"."""
+    """Base model: a diffusers folder (Wan 2.1, 2.2 or LTX-Video), a hub id, or "miniature"."""
     store: Path
     """Sample store with latents and cached text."""
     out: Path
@@ -57,8 +60,14 @@ class Dpo:
     """auto, cpu, cuda, cuda:1, mps."""
     dtype: str = "auto"
     """auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16; the LoRA itself is always float32."""
+    expert: Literal["high", "low"] | None = None
+    """Expert of Wan 2.2 A14B that is trained, at its own noise levels: high (also null) or low; one LoRA each."""
     allow_changes: bool = False
     """Continue a checkpoint although settings, model or pairs differ from those it was made with."""
+    dry_run: bool = False
+    """Check every file the training would read, say what it would cost, and write nothing."""
+    tflops: float | None = None
+    """For dry_run: TFLOP/s that all processes reach together, to say how long the training would take."""
     options: dict[str, Any] = options_of(TrainSettings)
 
     def settings(self) -> TrainSettings:
@@ -96,10 +105,12 @@ def train(
     allow_changes: bool = False,
     references: Path | None = None,
     tracker: Tracker | None = None,
+    processes: Processes = ALONE,
 ) -> TrainResult:
     """Train, export and verify; the backbone is left without any adapter.
 
-    ``references`` is the folder of kept reference predictions, None for one below ``out``.
+    ``references`` is the folder of kept reference predictions, None for one below ``out``. Where several processes take
+    part, each calls this with the same of everything but the backbone's device; the first one needs the tracker.
 
     Raises:
         DataError: pairs or samples cannot be used.
@@ -112,7 +123,7 @@ def train(
     from training.weights import weighting
 
     prompts, pairs_digest = read_pairs(pairs)
-    check_samples(backbone, store, prompts)
+    processes.on_first(lambda: check_samples(backbone, store, prompts))
     chosen, held_out = split_pairs(prompts, settings.held_out, settings.seed)
     identity = {
         **settings.to_dict(),
@@ -121,27 +132,37 @@ def train(
         "dtype": str(backbone.dtype),
         "pairs_digest": pairs_digest,
     }
+    if backbone.expert is not None:
+        identity["expert"] = backbone.expert
     out.mkdir(parents=True, exist_ok=True)
-    with exclusive(out / ".lock", f"the training folder {out}"):
+    with ExitStack() as stack:
+        with processes.together():
+            if processes.first:
+                stack.enter_context(exclusive(out / ".lock", f"the training folder {out}"))
         weights = weighting(store, chosen, held_out, settings, scored_by(pairs))
         if settings.arm == "rwr" and weights is not None:
             _report_weights(weights)
         trial = None
-        if settings.sample_every and tracker is not None:
+        if settings.sample_every and tracker is not None and processes.first:
             sampled = held_out or chosen
             trial = trial_of(backbone, tracker, store, sampled, settings.sample_prompts, settings.sample_seeds)
-        trainer = Trainer(backbone, store, chosen, held_out, settings, out, identity, weights, references, trial)
+        with processes.together():
+            trainer = Trainer(
+                backbone, store, chosen, held_out, settings, out, identity, weights, references, trial, processes
+            )
         try:
             for change in trainer.resume(allow_changes):
                 logger.warning("continuing although %s", change)
             if trainer.step:
                 logger.info("continuing after step %d", trainer.step)
-            write_json(out / "config.json", identity | {"config_digest": fingerprint(identity)})
+            if processes.first:
+                write_json(out / "config.json", identity | {"config_digest": fingerprint(identity)})
             with stop_requests() as stop:
                 finished = trainer.fit(stop)
             if not finished:
                 return TrainResult(False, trainer.step)
-            return _export(trainer, store, chosen, pairs_digest)
+            step, last = trainer.load_best(), trainer.held_out()
+            return processes.on_first(lambda: _export(trainer, store, chosen, pairs_digest, step, last))
         finally:
             unload_lora(backbone.transformer, ADAPTER)
             trainer.release()
@@ -172,10 +193,18 @@ def check_samples(backbone: Backbone, store: Store, prompts: Sequence[PromptPair
                 )
 
 
-def _export(trainer: Trainer, store: Store, prompts: Sequence[PromptPairs], pairs_digest: str) -> TrainResult:
+def _export(
+    trainer: Trainer,
+    store: Store,
+    prompts: Sequence[PromptPairs],
+    pairs_digest: str,
+    step: int,
+    held_out: dict[str, float] | None,
+) -> TrainResult:
     """Write both files, load each back into the same transformer and compare velocities."""
     import torch
 
+    from spatialalign.backbones.flow import add_noise
     from spatialalign.lora import load_lora, save_lora, unload_lora
     from training.draws import draw
     from training.memory import plain_base
@@ -183,8 +212,6 @@ def _export(trainer: Trainer, store: Store, prompts: Sequence[PromptPairs], pair
 
     backbone, settings, out = trainer.backbone, trainer.settings, trainer.out
     transformer: Any = backbone.transformer
-    step = trainer.load_best()
-    held_out = trainer.held_out()
     comfy, diffusers = out / "lora_comfyui.safetensors", out / "lora_diffusers.safetensors"
     metadata = {
         "method": f"SpatialAlign {settings.arm}",
@@ -204,13 +231,16 @@ def _export(trainer: Trainer, store: Store, prompts: Sequence[PromptPairs], pair
         "license": "Apache-2.0",
         "date": time.strftime("%Y-%m-%d"),
     }
+    if backbone.expert is not None:
+        metadata["expert"] = backbone.expert
     plain_base(backbone)
     save_lora(transformer, comfy, diffusers, metadata, adapter=ADAPTER)
 
     prompt = prompts[0]
     clean = store.sample(prompt.prompt_id, prompt.winners[0]).read_latents()
     noise = draw(settings, "verify", 0, clean.shape).winner
-    inputs = (0.5 * clean + 0.5 * noise)[None], torch.tensor([0.5]), [store.read_text(prompt.prompt_id)]
+    sigma = torch.tensor([sum(backbone.sigma_range) / 2])
+    inputs = add_noise(clean[None], noise[None], sigma), sigma, [store.read_text(prompt.prompt_id)]
     transformer.eval()
     with torch.no_grad():
         trained = backbone.velocity(*inputs)
@@ -246,6 +276,36 @@ def _export(trainer: Trainer, store: Store, prompts: Sequence[PromptPairs], pair
 
 def run(args: Dpo) -> None:
     """Load the model, train, and say where the LoRA is."""
+    if args.dry_run:
+        if launched_rank() == 0:
+            _dry_run(args)
+        return
+    with launched() as processes:
+        _run(args, processes)
+
+
+def _dry_run(args: Dpo) -> None:
+    from spatialalign.backbones.loading import pick_device, pick_dtype
+    from training.dry_run import check_files, read_model, refuse_bad, report, seconds_text
+
+    settings, store = args.settings(), Store(args.store)
+    if args.tflops is not None and not args.tflops > 0:
+        raise ConfigError(f"tflops must be above 0, found {args.tflops}")
+    prompts, _ = read_pairs(args.pairs or args.store / "pairs.json")
+    model, device = read_model(args.model, args.expert), pick_device(args.device)
+    files = check_files(store, prompts, model)
+    batched = settings.passes == "batched" or (settings.passes == "auto" and device == "cpu")
+    print(report(files, prompts, model, settings, pick_dtype(args.dtype, device).itemsize, batched))
+    if args.tflops is not None:
+        print(seconds_text(model, files, settings, args.tflops))
+    refuse_bad(files)
+    if settings.arm == "rwr" or settings.pair_weight != "none":
+        from training.weights import read_scores
+
+        read_scores(store, prompts, scored_by(args.pairs or args.store / "pairs.json"))
+
+
+def _run(args: Dpo, processes: Processes) -> None:
     import sys
 
     settings = args.settings()
@@ -255,15 +315,19 @@ def run(args: Dpo) -> None:
 
     from spatialalign.backbones import load_backbone
 
-    backbone = load_backbone(args.model, args.device, args.dtype)
-    tracker = None
-    if settings.sample_every:
-        from spatialalign.backbones.wan import pick_device
-        from spatialalign.tracking.load import load_tracker
+    with processes.together():
+        device = processes.device(args.device)
+        backbone = load_backbone(args.model, device, args.dtype, args.expert)
+        tracker = None
+        if settings.sample_every and processes.first:
+            from spatialalign.backbones.loading import pick_device
+            from spatialalign.tracking.load import load_tracker
 
-        tracker = load_tracker(args.tracker, pick_device(args.device))
+            tracker = load_tracker(args.tracker, pick_device(device))
     folder = args.reference_folder
-    result = train(backbone, store, pairs, args.out, settings, args.allow_changes, folder, tracker)
+    result = train(backbone, store, pairs, args.out, settings, args.allow_changes, folder, tracker, processes)
+    if not processes.first:
+        return
     if result.finished:
         print(f"{result.comfy} (ComfyUI)\n{result.diffusers} (diffusers)")
     else:
@@ -272,7 +336,8 @@ def run(args: Dpo) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``python -m training.dpo``."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    level = logging.INFO if launched_rank() == 0 else logging.ERROR
+    logging.basicConfig(level=level, format="%(levelname)s %(message)s")
     command(Dpo, run, argv)
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spatialalign.backbones.flow import training_sigmas
+from spatialalign.backbones.flow import levels_between, training_sigmas
+from spatialalign.errors import ConfigError
 from training.config import TrainSettings
 
 
@@ -30,21 +31,48 @@ class Draw:
     loser: Tensor
 
 
-def draw(settings: TrainSettings, stream: str, index: int, shape: Sequence[int], level: int | None = None) -> Draw:
+ALL_LEVELS = (0.0, 1.0)
+
+
+def draw(
+    settings: TrainSettings,
+    stream: str,
+    index: int,
+    shape: Sequence[int],
+    level: int | None = None,
+    sigma_range: tuple[float, float] = ALL_LEVELS,
+) -> Draw:
     """Noise level and noise of pair ``index`` of a stream: a function of (seed, stream, index), on the CPU.
 
-    ``level`` fixes the noise level to an entry of the 1000-step schedule instead of drawing it.
+    Args:
+        settings: seed, shift, shared or independent noise, rounding of timesteps.
+        stream: such as "train".
+        index: of the pair.
+        shape: ``(c, f, h, w)``.
+        level: fixes the noise level, instead of drawing it, to the one so many thousandths down the levels.
+        sigma_range: ``Backbone.sigma_range``.
     """
     key = hashlib.sha256(f"{settings.seed}/{stream}/{index}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
-    sigmas = training_sigmas(settings.shift)
+    sigmas = model_levels(settings, sigma_range)
     drawn = int(torch.randint(len(sigmas), (1,), generator=generator))
     winner = torch.randn(tuple(shape), generator=generator)
     loser = winner if settings.noise == "shared" else torch.randn(tuple(shape), generator=generator)
-    sigma = told = float(sigmas[drawn if level is None else level])
+    sigma = told = float(sigmas[drawn if level is None else level * len(sigmas) // 1000])
     if settings.bf16_timesteps:
         sigma, told = rounded_level(sigma, sigmas)
     return Draw(sigma, told, winner, loser)
+
+
+def model_levels(settings: TrainSettings, sigma_range: tuple[float, float]) -> Tensor:
+    """The noise levels of the 1000-step schedule that the trained transformer is for, ``(n,)``, the highest first."""
+    levels = levels_between(training_sigmas(settings.shift), *sigma_range)
+    if not len(levels):
+        raise ConfigError(
+            f"no noise level of the schedule with shift {settings.shift:g} lies from {sigma_range[0]:g} to "
+            f"{sigma_range[1]:g}, which is what this expert is for; change shift"
+        )
+    return levels
 
 
 def rounded_level(sigma: float, sigmas: Tensor) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from spatialalign.prompts import Prompt, read_csv
 from spatialalign.score import dsr_score
 from spatialalign.tracks import Tracks
 from training.cli import command
-from training.generate import generate, lora_model_name
+from training.generate import generate, put_lora
 from training.measure import Scored, chance, difference, summarise, table
 from training.score import score
 from training.stages import StageSummary, parse_seeds
@@ -36,7 +36,7 @@ class Evaluate:
     """Generate, track and score with the base model and with the LoRA, same prompts and seeds, and compare."""
 
     model: str
-    """Base model: a diffusers WanPipeline folder, a hub id, or "miniature"."""
+    """Base model: a diffusers folder (Wan 2.1, 2.2 or LTX-Video), a hub id, or "miniature"."""
     lora: Path
     """LoRA file of any dialect."""
     out: Path
@@ -61,10 +61,14 @@ class Evaluate:
     """auto, cpu, cuda, cuda:1, mps."""
     dtype: str = "auto"
     """auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16."""
+    expert: Literal["high", "low"] | None = None
+    """Expert of Wan 2.2 A14B that the LoRA is put on: high (also null) or low; both sample."""
     steps: int | None = None
     """Sampling steps; null for the model's own, as below."""
     guidance: float | None = None
     """Classifier-free guidance scale."""
+    guidance_2: float | None = None
+    """The same for the low-noise expert of Wan 2.2 A14B."""
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
@@ -110,7 +114,7 @@ def evaluate(
         DataError: another process is still working on a sample.
         StoreError: ``out`` holds samples of another model, LoRA or other settings.
     """
-    from spatialalign.lora import load_lora, unload_lora
+    from spatialalign.lora import unload_lora
 
     if not prompts or not seeds:
         raise DataError(f"nothing to evaluate: {len(prompts)} prompts, {len(seeds)} seeds")
@@ -118,9 +122,8 @@ def evaluate(
     control = None
     if swapped:
         control = swapped_control(out, backbone, tracker, prompts, seeds, settings, batch, swapped, clips["base"])
-    load_lora(backbone.transformer, lora, scale=lora_scale)
+    model = put_lora(backbone, lora, lora_scale)
     try:
-        model = lora_model_name(backbone.model_id, lora, lora_scale)
         store = Store(out / name, create=True)
         clips["aligned"] = fill(store, backbone, tracker, prompts, seeds, settings, batch, model)
     finally:
@@ -288,12 +291,12 @@ def run(args: Evaluate) -> dict[str, Any]:
     prompts, seeds = spread(read_prompts(args.prompts), args.limit), parse_seeds(args.seeds)
 
     from spatialalign.backbones import load_backbone
-    from spatialalign.backbones.wan import pick_device
+    from spatialalign.backbones.loading import pick_device
     from spatialalign.tracking.load import load_tracker
 
-    backbone = load_backbone(args.model, args.device, args.dtype)
+    backbone = load_backbone(args.model, args.device, args.dtype, args.expert)
     tracker = load_tracker(args.tracker, pick_device(args.device), args.rule)
-    given = {name: value for name in ("steps", "guidance") if (value := getattr(args, name)) is not None}
+    given = {name: value for name in ("steps", "guidance", "guidance_2") if (value := getattr(args, name)) is not None}
     settings = dataclasses.replace(backbone.default_settings(), **given)
     result = evaluate(
         backbone, tracker, prompts, seeds, args.lora, args.out, settings, args.batch, args.lora_scale, args.swapped

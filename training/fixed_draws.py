@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spatialalign.backbones.flow import training_sigmas
+from spatialalign.errors import ConfigError
 from training.config import TrainSettings
-from training.draws import Draw, rounded_level
+from training.draws import ALL_LEVELS, Draw, model_levels, rounded_level
 from training.pairs import PreferencePair
 
 
@@ -24,9 +24,20 @@ def fixed_draw_number(settings: TrainSettings, index: int) -> int:
     return _number(settings, "which", index) % settings.reference_draws
 
 
-def fixed_draw(settings: TrainSettings, pair: PreferencePair, number: int, shape: Sequence[int]) -> Draw:
-    """Draw ``number`` of K for a pair with clips of ``shape (c, f, h, w)``."""
-    sigmas = training_sigmas(settings.shift)
+def fixed_draw(
+    settings: TrainSettings,
+    pair: PreferencePair,
+    number: int,
+    shape: Sequence[int],
+    sigma_range: tuple[float, float] = ALL_LEVELS,
+) -> Draw:
+    """Draw ``number`` of K for a pair with clips of ``shape (c, f, h, w)``; see :func:`training.draws.draw`."""
+    sigmas = model_levels(settings, sigma_range)
+    if len(sigmas) < settings.reference_draws:
+        raise ConfigError(
+            f"reference_draws ({settings.reference_draws}) must be at most {len(sigmas)}, the noise levels of this "
+            "expert"
+        )
     first, following = (len(sigmas) * edge // settings.reference_draws for edge in (number, number + 1))
     level = first + _number(settings, "level", pair.prompt_id, number) % (following - first)
     sigma = told = float(sigmas[level])

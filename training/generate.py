@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from spatialalign.errors import DataError
+from spatialalign.errors import DataError, LoraError
 from spatialalign.prompts import Prompt, read_csv
 from spatialalign.video import write_video
 from training.cli import command
@@ -32,7 +32,7 @@ class Generate:
     """Generate clips for every prompt and seed that the store lacks; several processes may work on one store."""
 
     model: str
-    """A diffusers WanPipeline folder, a hub id, or "miniature"."""
+    """A diffusers folder (Wan 2.1, 2.2 or LTX-Video), a hub id, or "miniature"."""
     prompts: Path
     """CSV file of prompts with the official columns."""
     store: Path
@@ -49,6 +49,8 @@ class Generate:
     """auto, cpu, cuda, cuda:1, mps."""
     dtype: str = "auto"
     """auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16."""
+    expert: Literal["high", "low"] | None = None
+    """Expert of Wan 2.2 A14B that the LoRA is put on: high (also null) or low; both sample."""
     frames: int | None = None
     """Frames of a clip; null for the model's own, as in the options below."""
     height: int | None = None
@@ -59,6 +61,8 @@ class Generate:
     """Sampling steps."""
     guidance: float | None = None
     """Classifier-free guidance scale; 1 is none."""
+    guidance_2: float | None = None
+    """The same for the low-noise expert of Wan 2.2 A14B."""
     shift: float | None = None
     """Timestep shift."""
     negative_prompt: str | None = None
@@ -214,19 +218,33 @@ def lora_model_name(model: str, lora: Path, scale: float) -> str:
     return f"{model}+lora:{hashlib.sha256(lora.read_bytes()).hexdigest()[:12]}@{scale:g}"
 
 
+def put_lora(backbone: Backbone, lora: Path, scale: float) -> str:
+    """Load a LoRA onto the transformer that is trained; returns the name of the model that this makes.
+
+    Raises:
+        LoraError: the file does not fit, or says that it was trained on the other expert.
+    """
+    from spatialalign.lora import adapter_metadata, load_lora
+
+    made_for = adapter_metadata(lora).get("expert")
+    if backbone.expert is not None and made_for not in (None, backbone.expert):
+        raise LoraError(
+            f"{lora} was trained on the {made_for}-noise expert and would be put on the {backbone.expert}-noise one; "
+            f"load the model with --expert {made_for}"
+        )
+    load_lora(backbone.transformer, lora, scale=scale)
+    model = backbone.model_id if backbone.expert is None else f"{backbone.model_id}:{backbone.expert}"
+    return lora_model_name(model, lora, scale)
+
+
 def run(args: Generate) -> StageSummary:
     """Load the model and generate."""
     prompts, seeds = read_csv(args.prompts), parse_seeds(args.seeds)
 
     from spatialalign.backbones import load_backbone
 
-    backbone = load_backbone(args.model, args.device, args.dtype)
-    name = None
-    if args.lora is not None:
-        from spatialalign.lora import load_lora
-
-        load_lora(backbone.transformer, args.lora, scale=args.lora_scale)
-        name = lora_model_name(backbone.model_id, args.lora, args.lora_scale)
+    backbone = load_backbone(args.model, args.device, args.dtype, args.expert)
+    name = None if args.lora is None else put_lora(backbone, args.lora, args.lora_scale)
     store = Store(args.store, create=True)
     summary = generate(backbone, store, prompts, seeds, args.settings(backbone.default_settings()), args.batch, name)
     print(summary.text())

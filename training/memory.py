@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +27,7 @@ def set_up(backbone: Backbone, settings: TrainSettings, shape: Sequence[int]) ->
     transformer: Any = backbone.transformer
     if settings.base_dtype == "fp8":
         logger.info("the base is stored in 8 bits: %.2f GB less", store_in_fp8(transformer) / 1e9)
-    kernel = set_attention(transformer, settings.attention, prod(shape[1:]) // prod(transformer.config.patch_size))
+    kernel = set_attention(transformer, settings.attention, backbone.tokens(shape))
     logger.info("attention: %s", kernel)
     enable_checkpointing(transformer, settings.checkpointing, settings.offload_inputs, settings.compile)
 

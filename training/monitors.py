@@ -24,9 +24,11 @@ PATIENCE = 50
 class JsonlLog:
     """One JSON object a line, flushed at once, so that a killed run keeps all but its last line."""
 
-    def __init__(self, path: str | Path) -> None:
-        """Append to ``path``; the folder is made when missing."""
-        self.path = Path(path)
+    def __init__(self, path: str | Path, wanted: bool = True) -> None:
+        """Append to ``path``; the folder is made when missing. A log that is not wanted writes nothing."""
+        self.path, self._wanted = Path(path), wanted
+        if not wanted:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.is_file() and not (b"\n" + self.path.read_bytes()).endswith(b"\n"):
             with self.path.open("a", encoding="utf-8") as handle:
@@ -46,13 +48,15 @@ class JsonlLog:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append a row; a number that is not finite is written as null."""
+        if not self._wanted:
+            return
         clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         with self.path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(clean, ensure_ascii=False) + "\n")
 
     def keep_until(self, step: int) -> None:
         """Drop rows of later steps, which a run resumed at ``step`` will write again."""
-        if self.path.is_file():
+        if self._wanted and self.path.is_file():
             kept = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows() if row.get("step", 0) <= step]
             with atomic_path(self.path) as temporary:
                 temporary.write_text("".join(kept), encoding="utf-8")

@@ -64,11 +64,12 @@ class PairModel:
 
     def _draws(self, pairs: Sequence[PreferencePair], indices: Sequence[int]) -> tuple[list[Draw], list[str]]:
         """The randomness of pairs of the training stream, and a name for it among all that a clip is given."""
-        settings, shape = self._settings, self._clips.shape
+        settings, shape, levels = self._settings, self._clips.shape, self._backbone.sigma_range
         if not settings.reference_draws:
-            return [draw(settings, "train", index, shape) for index in indices], [f"train-{index}" for index in indices]
+            draws = [draw(settings, "train", index, shape, None, levels) for index in indices]
+            return draws, [f"train-{index}" for index in indices]
         numbers = [fixed_draw_number(settings, index) for index in indices]
-        draws = [fixed_draw(settings, pair, number, shape) for pair, number in zip(pairs, numbers, strict=True)]
+        draws = [fixed_draw(settings, pair, number, shape, levels) for pair, number in zip(pairs, numbers, strict=True)]
         return draws, [f"fixed-{number}" for number in numbers]
 
     def _sides(self, pairs: Sequence[PreferencePair], draws: Sequence[Draw]) -> tuple[Side, Side]:

@@ -81,6 +81,7 @@ class Progress:
         tuner: of beta.
         best: of the monitor.
         watch: of the warnings.
+        processes: how many take part.
     """
 
     failed: int = 0
@@ -88,6 +89,7 @@ class Progress:
     tuner: BetaTuner = field(default_factory=BetaTuner)
     best: Best = field(default_factory=Best)
     watch: RegimeWatch = field(default_factory=RegimeWatch)
+    processes: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; floats survive them to the bit."""
@@ -102,4 +104,5 @@ class Progress:
             tuner=BetaTuner(**value.get("tuner", {})),
             best=Best(**value.get("best", {})),
             watch=RegimeWatch(**value.get("watch", {})),
+            processes=value.get("processes", 1),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -61,6 +61,22 @@ class Clips:
         self._latents.clear()
         return [self._read(p.prompt_id, p.winner) and self._read(p.prompt_id, p.loser) for p in pairs]
 
+    def leave_out(self, bad: Mapping[str, str]) -> None:
+        """Count clips that cannot be used, found here or by another process, with their reasons.
+
+        Raises:
+            DataError: they are more than the limit; they are named.
+        """
+        for name in sorted(bad.keys() - self.bad.keys()):
+            self.bad[name] = bad[name]
+            logger.warning("clip %s is left out of the training: %s", name, bad[name])
+        if len(self.bad) > self._limit:
+            reasons = "; ".join(self.bad.values())
+            raise DataError(
+                f"{len(self.bad)} clips cannot be used, more than max_bad_clips ({self._limit}): {reasons}. Repair "
+                "the store and run training.mine again, or raise max_bad_clips"
+            )
+
     def latents(self, prompt_id: str, seed: int) -> Tensor:
         """Latents ``(c, f, h, w)`` of a clip; raises :class:`DataError` naming its file when it cannot be used."""
         if (prompt_id, seed) in self._latents:
@@ -90,14 +106,7 @@ class Clips:
             self.text(prompt_id)
             self._latents[prompt_id, seed] = self.latents(prompt_id, seed)
         except (SpatialAlignError, OSError) as error:
-            self.bad[name] = str(error)
-            logger.warning("clip %s is left out of the training: %s", name, error)
-            if len(self.bad) > self._limit:
-                reasons = "; ".join(self.bad.values())
-                raise DataError(
-                    f"{len(self.bad)} clips cannot be used, more than max_bad_clips ({self._limit}): {reasons}. Repair "
-                    "the store and run training.mine again, or raise max_bad_clips"
-                ) from error
+            self.leave_out({name: str(error)})
             return False
         return True
 

@@ -47,7 +47,7 @@ def score(store: Store, tracker: Tracker | None, again: bool = False) -> StageSu
     Args:
         store: with generated clips.
         tracker: None to score from existing tracks only.
-        again: compute scores again although they are there.
+        again: compute scores again although they are there, but for imported ones, which came without tracks.
     """
     from tqdm import tqdm
 
@@ -60,7 +60,7 @@ def score(store: Store, tracker: Tracker | None, again: bool = False) -> StageSu
             if not held:
                 summary.busy += 1
                 continue
-            if not again and _is_scored(sample):
+            if (not again or sample.imported) and _is_scored(sample):
                 summary.skipped += 1
                 continue
             try:
@@ -116,7 +116,7 @@ def run(args: Score) -> StageSummary:
     store = Store(args.store)
     tracker = None
     if not args.again:
-        from spatialalign.backbones.wan import pick_device
+        from spatialalign.backbones.loading import pick_device
         from spatialalign.tracking.load import load_tracker
 
         tracker = load_tracker(args.model, pick_device(args.device), args.rule, args.batch)

@@ -1,11 +1,14 @@
-"""Preference training of a LoRA on a flow model: one process, exact resume, the base model as its own reference."""
+"""Preference training of a LoRA on a flow model: exact resume, the base model as its own reference, any number of
+processes."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +25,7 @@ from training.memory import advice_when_full, set_up, take_down
 from training.monitors import JsonlLog, Scalars
 from training.pair_model import PairModel
 from training.pairs import PairStream, PreferencePair, PromptPairs
+from training.processes import ALONE, Processes
 from training.progress import Progress
 from training.samples import Clips
 from training.store import Store
@@ -37,6 +41,15 @@ logger = logging.getLogger(__name__)
 ADAPTER = "spatialalign"
 
 
+@dataclass(frozen=True)
+class Part:
+    """A micro-batch that was gone through: its first index in its stream, its usable pairs and their losses."""
+
+    start: int
+    pairs: list[PreferencePair]
+    losses: PairLoss
+
+
 class Trainer:
     """Trains the adapter ``spatialalign`` on ``backbone.transformer``.
 
@@ -44,6 +57,10 @@ class Trainer:
     read when needed. Pair, noise and learning rate of a step depend on (seed, step) alone, and what else it depends on
     is in the checkpoint, so a run that is killed and continued ends with the same bits as one that was not (on one CPU
     thread count or one GPU model).
+
+    Several processes share the micro-batches of a step and add up their gradients. Whatever their number, a step sees
+    the same pairs with the same noise, so it changes the result by rounding only. All of them hold the same state and
+    decide alike; the first one writes.
     """
 
     def __init__(
@@ -58,6 +75,7 @@ class Trainer:
         weighting: Weighting | None = None,
         references: Path | None = None,
         trial: Trial | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         """Put a fresh adapter on the transformer.
 
@@ -72,15 +90,18 @@ class Trainer:
             weighting: of pairs and clips, where the settings ask for it.
             trial: samples and scores clips where ``sample_every`` asks for it.
             references: folder of the reference predictions that ``reference_cache`` keeps; None for one below ``out``.
+            processes: that take part; all are given the same of everything else, but the trial, which the first needs.
         """
-        if settings.sample_every and trial is None:
+        _check_shares(settings, processes)
+        if settings.sample_every and trial is None and processes.first:
             raise ConfigError(f"sample_every ({settings.sample_every}) needs a tracker to score the sampled clips")
         self.backbone, self.store, self.settings, self.out = backbone, store, settings, out
         self.identity, self._weighting, self._trial = identity, weighting, trial
+        self.processes = processes
         self._train = PairStream(train, settings.seed)
         self._held_out = PairStream(held_out, settings.seed, "held-out") if held_out else None
         self.clips = Clips(store, train, settings.max_bad_clips)
-        self.progress = Progress()
+        self.progress = Progress(processes=processes.size)
         self.step = 0
         self.parameters = add_adapter(backbone, settings)
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)
@@ -93,32 +114,44 @@ class Trainer:
         return self.out / "checkpoints"
 
     def resume(self, allow_changes: bool = False) -> list[str]:
-        """Continue from the newest complete checkpoint, if there is one; returns the changes that were allowed."""
+        """Continue from the newest complete checkpoint, if there is one; returns the changes that were allowed.
+
+        Another number of processes always is: it changes no more than rounding.
+        """
         checkpoint = latest_checkpoint(self.checkpoints)
+        self.processes.agree(
+            {**self.identity, "the newest checkpoint": None if checkpoint is None else checkpoint.step}
+        )
         if checkpoint is None:
             return []
         changes = checkpoint.check_identity(self.identity, allow_changes)
         load_checkpoint(checkpoint, self.parameters, self.optimizer)
         self.step, self.progress = checkpoint.step, Progress.from_dict(checkpoint.progress)
+        if self.progress.processes != self.processes.size:
+            changes.append(f"processes: {self.progress.processes} -> {self.processes.size} (other rounding only)")
+            self.progress.processes = self.processes.size
         return changes
 
     def fit(self, stop: Callable[[], bool] = lambda: False) -> bool:
         """Train until the last step, an early stop, or ``stop()`` being true after a step; then write a checkpoint.
 
+        Among several processes, one whose ``stop()`` is true stops all of them after the same step.
+
         Returns:
             True when the training is over, False when it was stopped before.
         """
-        settings = self.settings
-        log, scalars = JsonlLog(self.out / "train.jsonl"), Scalars(self.out / "tensorboard", settings.tensorboard)
+        settings, writes = self.settings, self.processes.first
+        log = JsonlLog(self.out / "train.jsonl", writes)
+        scalars = Scalars(self.out / "tensorboard", settings.tensorboard and writes)
         log.keep_until(self.step)
-        bar = tqdm(total=settings.steps, initial=self.step, desc=f"dpo ({settings.arm})", disable=None)
+        hidden = None if writes else True
+        bar = tqdm(total=settings.steps, initial=self.step, desc=f"dpo ({settings.arm})", disable=hidden)
         named = len(self.clips.bad)
         try:
             if self.step == 0:
                 self._watch_held_out(log, scalars)
             while self.step < settings.steps and self.progress.stopped is None:
-                with advice_when_full(settings):
-                    row = self._train_step()
+                row = self._train_step()
                 bar.update()
                 if row is None:
                     log.write({"event": "skipped_step", "step": self.step, "in_a_row": self.progress.failed})
@@ -136,7 +169,7 @@ class Trainer:
                 for clip, reason in list(self.clips.bad.items())[named:]:
                     log.write({"event": "bad_clip", "step": self.step, "clip": clip, "reason": reason})
                 named = len(self.clips.bad)
-                stopping = not last and self.progress.stopped is None and stop()
+                stopping = not last and self.progress.stopped is None and self.processes.any(stop())
                 over = last or self.progress.stopped is not None
                 if over or stopping or is_best or self.step % settings.checkpoint_every == 0:
                     self.save()
@@ -150,15 +183,17 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of the steps done so far."""
         best = self.progress.best.step if self.settings.keep_best else None
-        return save_checkpoint(
-            self.checkpoints,
-            self.step,
-            self.parameters,
-            self.optimizer,
-            self.identity,
-            self.settings.keep_checkpoints,
-            self.progress.to_dict(),
-            best,
+        return self.processes.on_first(
+            lambda: save_checkpoint(
+                self.checkpoints,
+                self.step,
+                self.parameters,
+                self.optimizer,
+                self.identity,
+                self.settings.keep_checkpoints,
+                self.progress.to_dict(),
+                best,
+            )
         )
 
     def load_best(self) -> int:
@@ -180,9 +215,10 @@ class Trainer:
         """
         if self._held_out is None:
             return None
-        settings, losses = self.settings, []
-        with advice_when_full(settings):
-            for start in range(0, settings.held_out_pairs, settings.micro_pairs):
+        settings, parts = self.settings, list[Part]()
+        starts = range(0, settings.held_out_pairs, settings.micro_pairs)
+        with self._together():
+            for start in self.processes.share(starts):
                 every = range(start, min(start + settings.micro_pairs, settings.held_out_pairs))
                 usable = self.clips.usable([self._held_out.pair(index) for index in every])
                 chosen = list(compress(every, usable))
@@ -191,13 +227,15 @@ class Trainer:
                 pairs = [self._held_out.pair(index) for index in chosen]
                 levels = [(2 * index + 1) * 500 // settings.held_out_pairs for index in chosen]
                 draws = [
-                    draw(settings, "held-out", index, self.clips.shape, level)
+                    draw(settings, "held-out", index, self.clips.shape, level, self.backbone.sigma_range)
                     for index, level in zip(chosen, levels, strict=True)
                 ]
-                losses.append(self.pair_model.evaluate(pairs, draws, settings.beta, tuple(chosen)))
-        if not losses:
+                losses = self.pair_model.evaluate(pairs, draws, settings.beta, tuple(chosen))
+                parts.append(Part(start, pairs, losses))
+        parts = self._all_parts(parts)
+        if not parts:
             raise DataError("none of the held-out pairs can be used; run training.mine again, or set held_out to 0")
-        values = averages(losses)
+        values = averages([part.losses for part in parts])
         del values["difference"]
         return values
 
@@ -215,12 +253,15 @@ class Trainer:
 
     def _watch_samples(self, log: JsonlLog, scalars: Scalars) -> bool:
         """Sample and score clips; True when the weights are the best so far and are to be kept."""
-        assert self._trial is not None
-        with advice_when_full(self.settings):
-            values = self._trial.measure(self.out / "samples", self.step, self.parameters)
+        values = self.processes.on_first(self._sample)
         log.write({"event": "samples", "step": self.step, **values})
         scalars.write("samples", self.step, values)
         return self._follow(log, values)
+
+    def _sample(self) -> dict[str, float]:
+        assert self._trial is not None
+        with advice_when_full(self.settings):
+            return self._trial.measure(self.out / "samples", self.step, self.parameters)
 
     def _follow(self, log: JsonlLog, values: dict[str, float]) -> bool:
         """Early stopping and the choice of the best checkpoint; True when this is the best one and is to be kept."""
@@ -250,15 +291,10 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        first, losses, trained = self.step * settings.batch_pairs, [], list[PreferencePair]()
-        for start in range(first, first + settings.batch_pairs, settings.micro_pairs):
-            every = range(start, start + settings.micro_pairs)
-            indices = list(compress(every, self.clips.usable([self._train.pair(index) for index in every])))
-            if not indices:
-                continue
-            pairs = [self._train.pair(index) for index in indices]
-            losses.append(self.pair_model.gradients(pairs, indices, beta))
-            trained += pairs
+        parts = self._all_parts(self._gradients(beta))
+        losses, trained = [part.losses for part in parts], [pair for part in parts for pair in part.pairs]
+        if trained:
+            self.processes.add_gradients(self.parameters.values())
         skipped = settings.batch_pairs - len(trained)
         if skipped and trained:  # the mean over the pairs that are left
             for parameter in self.parameters.values():
@@ -271,7 +307,8 @@ class Trainer:
         if not (math.isfinite(row["loss"]) and math.isfinite(norm)):
             self._skip_step(trained, losses, norm)
             return None
-        self.optimizer.step()
+        with advice_when_full(settings):
+            self.optimizer.step()
         self.progress.failed = 0
         self.progress.tuner.update(row.pop("difference"))
         row |= {"grad_norm": norm, "lr": rate, "skipped_pairs": skipped}
@@ -281,6 +318,35 @@ class Trainer:
             weights = self._weighting.of(trained)
             row["effective_sample_size"] = effective_sample_size([*weights.winner.tolist(), *weights.loser.tolist()])
         return row | {"seconds": round(time.perf_counter() - started, 4)}
+
+    def _gradients(self, beta: float) -> list[Part]:
+        """Add the gradients of this process's share of the step's pairs."""
+        settings, parts = self.settings, list[Part]()
+        first = self.step * settings.batch_pairs
+        starts = range(first, first + settings.batch_pairs, settings.micro_pairs)
+        with self._together():
+            for start in self.processes.share(starts):
+                every = range(start, start + settings.micro_pairs)
+                indices = list(compress(every, self.clips.usable([self._train.pair(index) for index in every])))
+                if indices:
+                    pairs = [self._train.pair(index) for index in indices]
+                    parts.append(Part(start, pairs, self.pair_model.gradients(pairs, indices, beta)))
+        return parts
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """A block that each process goes through with its share: none goes on where one of them fails."""
+        with self.processes.together(), advice_when_full(self.settings):
+            yield
+
+    def _all_parts(self, parts: list[Part]) -> list[Part]:
+        """The parts of all processes in the order of their stream; clips that others could not use count here too."""
+        if self.processes.size == 1:
+            return parts
+        sent = [Part(part.start, part.pairs, _on_host(part.losses)) for part in parts]
+        found = self.processes.gather((sent, self.clips.bad))
+        self.clips.leave_out({name: reason for _, bad in found for name, reason in bad.items()})
+        return sorted((part for share, _ in found for part in share), key=lambda part: part.start)
 
     def _skip_step(self, pairs: Sequence[PreferencePair], losses: Sequence[PairLoss], norm: float) -> None:
         """Forget a step whose loss or gradient is not finite; raises :class:`DataError` when it cannot go on like this.
@@ -306,6 +372,28 @@ class Trainer:
                 f"{what}; that is more than max_bad_steps ({self.settings.max_bad_steps}) steps in a row; {remedy}"
             )
         logger.warning("%s; the step is skipped", what)
+
+
+def _check_shares(settings: TrainSettings, processes: Processes) -> None:
+    """Every process must have something to do."""
+    shares = settings.batch_pairs // settings.micro_pairs
+    if processes.size > shares:
+        raise ConfigError(
+            f"{processes.size} processes cannot share batch_pairs ({settings.batch_pairs}) in micro-batches of "
+            f"micro_pairs ({settings.micro_pairs}); start at most {shares}, or lower micro_pairs"
+        )
+    if shares % processes.size and processes.first:
+        logger.warning(
+            "%d micro-batches a step over %d processes: some wait for the others; a number that divides %d wastes "
+            "nothing",
+            shares,
+            processes.size,
+            shares,
+        )
+
+
+def _on_host(losses: PairLoss) -> PairLoss:
+    return PairLoss(*(getattr(losses, field.name).cpu() for field in fields(losses)))
 
 
 def add_adapter(backbone: Backbone, settings: TrainSettings) -> dict[str, torch.nn.Parameter]:

@@ -72,7 +72,7 @@ def set_attention(transformer: Any, wanted: Attention, tokens: int, measure: boo
         ConfigError: the kernel asked for does not work here; the message says why.
     """
     parameter = next(p for p in transformer.parameters() if p.is_floating_point())
-    device, dtype = parameter.device, transformer.patch_embedding.weight.dtype
+    device, dtype = parameter.device, transformer.proj_out.weight.dtype
     if device.type != "cuda":
         if wanted not in ("auto", "native"):
             raise ConfigError(f"attention {wanted!r} needs a CUDA device, found {device.type}; use auto or native")

@@ -19,6 +19,9 @@ LoraTargets = Literal["spatialalign", "cross-kv", "attention", "all-linear"]
 """Which linears a LoRA sits on: the paper's set (text embedding and cross-attention k, v), its cross-attention part
 alone, Flow-DPO's set (q, k, v and output of every attention), or every linear of blocks and text embedding."""
 
+ExpertName = Literal["high", "low"]
+"""Of a model with two transformers, the one for high or the one for low noise levels."""
+
 NEGATIVE_PROMPT = (
     "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, overall "
     "gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, poorly drawn hands, "
@@ -33,7 +36,8 @@ class SampleSettings:
     """How a clip is sampled. The defaults are the paper's (Wan2.1-T2V-1.3B through DiffSynth).
 
     ``guidance`` is the classifier-free guidance scale (1 switches it off) and ``shift`` the timestep shift of the flow
-    schedule. Frames must be ``4 k + 1``; height and width multiples of 16.
+    schedule. ``guidance_2`` is the guidance of the low-noise expert of a model with two, None for the same. Frames must
+    be ``4 k + 1``; height and width multiples of 16.
     """
 
     frames: int = 81
@@ -43,6 +47,7 @@ class SampleSettings:
     guidance: float = 5.0
     shift: float = 5.0
     negative_prompt: str = NEGATIVE_PROMPT
+    guidance_2: float | None = None
 
     def __post_init__(self) -> None:
         if self.frames < 1 or self.frames % 4 != 1:
@@ -54,12 +59,17 @@ class SampleSettings:
             raise ConfigError(f"steps must be at least 1, found {self.steps}")
         if self.guidance < 1:
             raise ConfigError(f"guidance must be at least 1 (1 = off), found {self.guidance}")
+        if self.guidance_2 is not None and self.guidance_2 < 1:
+            raise ConfigError(f"guidance_2 must be at least 1 (1 = off) or left out, found {self.guidance_2}")
         if self.shift <= 0:
             raise ConfigError(f"shift must be positive, found {self.shift}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain JSON values."""
-        return asdict(self)
+        """The settings as plain JSON values, without ``guidance_2`` where there is none."""
+        values = asdict(self)
+        if self.guidance_2 is None:
+            del values["guidance_2"]
+        return values
 
     @property
     def digest(self) -> str:
@@ -97,11 +107,25 @@ class Backbone(Protocol):
     def dtype(self) -> torch.dtype:
         """Precision the transformer computes in."""
 
+    @property
+    def expert(self) -> ExpertName | None:
+        """Which expert ``transformer`` is, of a model that has two; else None."""
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """Noise levels that ``transformer`` can be asked about: the lowest, and the one they are below; (0, 1) for all.
+
+        A range that ends at 1 includes it.
+        """
+
     def default_settings(self) -> SampleSettings:
         """The settings this model was made for."""
 
     def latent_shape(self, settings: SampleSettings) -> tuple[int, int, int, int]:
         """``(c, f, h, w)`` of one clip."""
+
+    def tokens(self, shape: Sequence[int]) -> int:
+        """Length of the self-attention for latents of ``shape (c, f, h, w)``."""
 
     def encode_text(self, prompts: Sequence[str]) -> list[Tensor]:
         """Embed prompts; each result is ``(n_i, text_dim)``, real tokens only."""
@@ -110,7 +134,7 @@ class Backbone(Protocol):
         """Free the memory of the text encoder until it is next used."""
 
     def velocity(self, x: Tensor, sigma: Tensor, text: Sequence[Tensor]) -> Tensor:
-        """Predict ``noise - x0`` for ``x (b, c, f, h, w)`` at noise levels ``sigma (b,)`` in [0, 1]; float32."""
+        """Predict ``noise - x0`` for ``x (b, c, f, h, w)`` at levels ``sigma (b,)`` in ``sigma_range``; float32."""
 
     def sample(
         self,

@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LEVEL_TOLERANCE = 1e-6
+"""Two noise levels closer than this are the same one, rounded differently."""
+
 
 def shift_sigma(u: Tensor, shift: float) -> Tensor:
     """``shift u / (1 + (shift - 1) u)``: moves uniform levels ``u`` in [0, 1] towards noise when ``shift`` > 1."""
@@ -18,6 +21,12 @@ def shift_sigma(u: Tensor, shift: float) -> Tensor:
 def training_sigmas(shift: float = 5.0, levels: int = 1000) -> Tensor:
     """The noise levels to draw from: ``u = 1, 1 - 1/levels, ... 1/levels``, shifted; ``(levels,)`` float64."""
     return shift_sigma(torch.arange(levels, 0, -1, dtype=torch.float64) / levels, shift)
+
+
+def levels_between(sigmas: Tensor, lowest: float, highest: float) -> Tensor:
+    """Those of the noise levels from ``lowest`` on that are below ``highest``; a ``highest`` of 1 is included."""
+    below = (sigmas < highest - LEVEL_TOLERANCE) | (highest >= 1)
+    return sigmas[(sigmas >= lowest - LEVEL_TOLERANCE) & below]
 
 
 def sampling_sigmas(steps: int, shift: float = 5.0) -> Tensor:

@@ -1,4 +1,4 @@
-"""The space that the latents of a Wan VAE live in: its name, and the way in and out of it."""
+"""The space that the latents of a video autoencoder live in: its name, and the way in and out of it."""
 
 from __future__ import annotations
 
@@ -29,17 +29,19 @@ WAN21_STD = (
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """What defines the latents of a Wan VAE. The defaults are Wan 2.1's, which Wan 2.2 A14B shares.
+    """What defines the latents of a VAE. The defaults are Wan 2.1's, which Wan 2.2 A14B shares.
 
     Attributes:
-        width: the VAE's ``base_dim``.
+        width: the VAE's ``base_dim``, or another of its sizes that tells it from others of its family.
         mean: mean of each channel of the VAE's own latents.
         std: their standard deviations.
+        family: the kind of VAE.
     """
 
     width: int = WAN21_WIDTH
     mean: tuple[float, ...] = WAN21_MEAN
     std: tuple[float, ...] = WAN21_STD
+    family: str = "wan-vae"
 
     def __post_init__(self) -> None:
         if not self.mean or len(self.mean) != len(self.std) or min(self.std) <= 0:
@@ -61,10 +63,10 @@ class LatentSpace:
 
     @property
     def name(self) -> str:
-        """``wan-vae:`` and a digest of width and constants: the same for the same VAE, whichever program loads it."""
+        """Family (``wan-vae:``) and a digest of width and constants: the same for a VAE whichever program loads it."""
         constants = [[round(value, 4) for value in values] for values in (self.mean, self.std)]
         content = json.dumps([self.channels, self.width, *constants])
-        return "wan-vae:" + hashlib.sha256(content.encode()).hexdigest()[:12]
+        return f"{self.family}:" + hashlib.sha256(content.encode()).hexdigest()[:12]
 
     def normalise(self, latents: Tensor) -> Tensor:
         """The VAE's own latents ``(b, c, f, h, w)`` as the transformer sees them: about zero mean, unit variance."""

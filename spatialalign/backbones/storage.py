@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checkpointing import repeated_blocks
+
 BaseDtype = Literal["model", "fp8"]
 
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
@@ -86,10 +88,10 @@ def restore_linears(transformer: nn.Module) -> None:
 
 
 def _linears(transformer: nn.Module, kind: type[Any]) -> list[tuple[nn.Module, str, Any]]:
-    blocks: Any = transformer.blocks
     return [
         (parent, name, child)
-        for parent in blocks.modules()
+        for block in repeated_blocks(transformer)
+        for parent in block.modules()
         for name, child in parent.named_children()
         if isinstance(child, kind)
     ]

@@ -1,9 +1,14 @@
-"""Wan 2.1 text-to-video from a diffusers ``WanPipeline`` folder."""
+"""Wan 2.1 and 2.2 text-to-video from a diffusers ``WanPipeline`` folder.
+
+Of Wan 2.2, TI2V-5B has another autoencoder, and A14B has two transformers, see :mod:`.experts`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, DataError, ModelError
-from ..files import read_json
-from .base import LoraTargets, SampleSettings
+from ..errors import ConfigError, ModelError
+from .base import ExpertName, LoraTargets, SampleSettings
 from .checkpointing import is_compiled
-from .flow import euler_step, guided, sampling_sigmas
+from .experts import Experts
 from .latent_space import LatentSpace
+from .loading import check_parts, load_model, load_part, load_text, pick_device, pick_dtype, read_index, read_settings
 from .padding import collapse_padding, cross_attention_bias, pad_text
+from .pixels import clip_names, require_finite, to_frames, to_video
+from .sampling import euler_sample, seeded_noise
+from .targets import lora_targets
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -26,10 +34,11 @@ if TYPE_CHECKING:
 TEXT_LENGTH = 512
 """Tokens of text context that every Wan model attends to, padding included."""
 
-SETTINGS_FILE = "spatialalign.json"
-"""Optional file in a model folder: ``fps`` and any of the fields of :class:`SampleSettings`."""
+A14B_SETTINGS = SampleSettings(height=720, width=1280, steps=40, guidance=4.0, guidance_2=3.0, shift=12.0)
+"""What Wan 2.2 T2V-A14B was published with; 16 frames per second."""
 
-_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+TI2V_5B_SETTINGS = SampleSettings(frames=121, height=704, width=1280)
+"""What Wan 2.2 TI2V-5B was published with; 24 frames per second."""
 
 _PARTS = {
     "transformer": "WanTransformer3DModel",
@@ -43,7 +52,8 @@ class WanBackbone:
     """A Wan model behind :class:`~spatialalign.backbones.base.Backbone`.
 
     The VAE and the text encoder are loaded when first used, so a training run on cached latents and embeddings holds
-    the transformer alone.
+    the transformer alone. Of a model with two experts, ``transformer`` is the chosen one; the other is loaded when
+    first sampled with.
     """
 
     def __init__(
@@ -56,6 +66,7 @@ class WanBackbone:
         settings: SampleSettings | None = None,
         fps: float = 16.0,
         device: str = "cpu",
+        experts: Experts | None = None,
     ) -> None:
         """Assemble from parts; :meth:`from_pretrained` is the usual way.
 
@@ -68,6 +79,7 @@ class WanBackbone:
             settings: default sampling settings; None for the paper's.
             fps: frames per second of decoded clips.
             device: where everything runs.
+            experts: of a model with two, which one ``transformer`` is.
         """
         self.transformer = transformer.to(device).eval().requires_grad_(False)
         self._model_id = model_id
@@ -77,46 +89,66 @@ class WanBackbone:
         self._space = LatentSpace.from_config(vae_config)
         self._settings = settings or SampleSettings()
         self._fps = fps
+        self._experts = experts
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, device: str = "auto", dtype: str = "auto", model_id: str | None = None
+        cls,
+        source: str | Path,
+        device: str = "auto",
+        dtype: str = "auto",
+        model_id: str | None = None,
+        expert: ExpertName | None = None,
     ) -> WanBackbone:
-        """Load a diffusers ``WanPipeline`` folder or hub id; raises :class:`ModelError` naming what is missing."""
+        """Load a diffusers ``WanPipeline`` folder or hub id.
+
+        Args:
+            source: folder or hub id.
+            device: see :func:`load_backbone`.
+            dtype: likewise.
+            model_id: name recorded in files; None for ``source``.
+            expert: of Wan 2.2 A14B, the one that may be trained or carry a LoRA; None for "high".
+
+        Raises:
+            ModelError: a part is missing or of another kind; the message names it.
+            ConfigError: an expert is asked of a model that has one transformer.
+        """
+        from diffusers import AutoencoderKLWan, WanTransformer3DModel
+        from transformers import UMT5EncoderModel
+
         source = str(source)
         where = pick_device(device)
         precision = pick_dtype(dtype, where)
-        if Path(source).is_dir():
-            _check_folder(Path(source))
-        elif source.count("/") != 1 or source.startswith((".", "/", "~")):
-            raise ModelError(
-                f"{source} is neither a folder nor a hub id of the form owner/name; "
-                "give a diffusers WanPipeline folder, a hub id, or 'miniature'"
+        index = read_index(source)
+        check_parts(source, index, _PARTS)
+        chosen, experts = "transformer", None
+        if index.get("boundary_ratio") is not None:
+            check_parts(source, index, {"transformer_2": "WanTransformer3DModel"})
+            chosen, other = ("transformer_2", "transformer") if expert == "low" else ("transformer", "transformer_2")
+            boundary = float(index["boundary_ratio"])
+            experts = Experts(
+                expert or "high", boundary, lambda: load_model(WanTransformer3DModel, source, other, precision)
             )
-        from diffusers import AutoencoderKLWan, WanTransformer3DModel
-
-        transformer = _load_part(
-            source,
-            "transformer",
-            lambda: WanTransformer3DModel.from_pretrained(source, subfolder="transformer", torch_dtype=precision),
-        )
-        if transformer.config.image_dim is not None:
+        elif expert is not None:
+            raise ConfigError(f"expert {expert!r} needs a model with two (Wan 2.2 A14B); {source} has one transformer")
+        transformer = load_model(WanTransformer3DModel, source, chosen, precision)
+        if (
+            transformer.config.image_dim is not None
+            or transformer.config.in_channels != transformer.config.out_channels
+        ):
             raise ModelError(f"{source} is an image-to-video Wan model; a text-to-video one is needed")
-        settings, fps = _read_settings(source)
+        settings, fps = read_settings(source, *_published(index))
         return cls(
             model_id or source,
             transformer,
-            load_vae=lambda: _load_part(
-                # the decoder is not stable below float32, and diffusers' own documentation keeps it there
-                source,
-                "vae",
-                lambda: AutoencoderKLWan.from_pretrained(source, subfolder="vae", torch_dtype=torch.float32),
-            ),
-            load_text=lambda: _load_text(source, precision),
-            vae_config=_load_part(source, "vae", lambda: dict(AutoencoderKLWan.load_config(source, subfolder="vae"))),
+            # the decoder is not stable below float32, and diffusers' own documentation keeps it there
+            load_vae=lambda: load_model(AutoencoderKLWan, source, "vae", torch.float32),
+            load_text=lambda: load_text(UMT5EncoderModel, source, precision),
+            vae_config=load_part(source, "vae", lambda: dict(AutoencoderKLWan.load_config(source, subfolder="vae"))),
             settings=settings,
             fps=fps,
             device=where,
+            experts=experts,
         )
 
     @property
@@ -158,8 +190,18 @@ class WanBackbone:
         """Free the text encoder's memory; it is loaded again when next used."""
         self.__dict__.pop("_text", None)
 
+    @property
+    def expert(self) -> ExpertName | None:
+        """Which expert ``transformer`` is; None for a model with one transformer."""
+        return None if self._experts is None else self._experts.name
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """Noise levels of ``transformer``: all, or those of the chosen expert."""
+        return (0.0, 1.0) if self._experts is None else self._experts.sigma_range
+
     def default_settings(self) -> SampleSettings:
-        """The settings of ``spatialalign.json`` in the model folder, else the paper's."""
+        """The settings of ``spatialalign.json`` in the model folder, else those the model was published with."""
         return self._settings
 
     def latent_shape(self, settings: SampleSettings) -> tuple[int, int, int, int]:
@@ -173,6 +215,10 @@ class WanBackbone:
             )
         frames = (settings.frames - 1) // time + 1
         return self.transformer.config.in_channels, frames, settings.height // space, settings.width // space
+
+    def tokens(self, shape: Sequence[int]) -> int:
+        """Length of the self-attention for latents of ``shape (c, f, h, w)``."""
+        return prod(shape[1:]) // prod(self.transformer.config.patch_size)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> list[Tensor]:
@@ -203,25 +249,35 @@ class WanBackbone:
 
         Returns:
             ``(b, c, f, h, w)`` in float32, on the model's device.
+
+        Raises:
+            ConfigError: a noise level that is the other expert's.
         """
-        rows = [row.to(self.device, self.dtype) for row in text]
-        x, timestep = x.to(self.device, self.dtype), (sigma.to(self.device, torch.float32) * 1000)
+        if self._experts is not None:
+            self._experts.check(sigma)
+        return self._predict(self.transformer, x, sigma, text)
+
+    def _predict(self, transformer: Any, x: Tensor, sigma: Tensor, text: Sequence[Tensor]) -> Tensor:
+        weight = transformer.patch_embedding.weight
+        rows = [row.to(weight.device, weight.dtype) for row in text]
+        # One timestep for a clip also for TI2V-5B, which takes one for each token: without a first frame to keep they
+        # are all equal, and broadcasting one saves 6 vectors of the model's width for each token.
+        x, timestep = x.to(weight.device, weight.dtype), (sigma.to(weight.device, torch.float32) * 1000)
         # Attention kernels on CUDA are fastest without a mask and the text is 1 % of the work there; blocks recomputed
         # by gradient checkpointing would not see the mask. A pass without gradients takes the same way, so that a
         # reference differs from the model by the adapter alone and not by rounding.
         # Compiled blocks would be compiled anew for every mask.
-        fixed = self.transformer.gradient_checkpointing or is_compiled(self.transformer)
-        if self.device.type in ("cuda", "meta") or fixed:
+        fixed = transformer.gradient_checkpointing or is_compiled(transformer)
+        if weight.device.type in ("cuda", "meta") or fixed:
             padded = pad_text(rows, TEXT_LENGTH)
-            return self.transformer(x, timestep, padded, return_dict=False)[0].float()
+            return transformer(x, timestep, padded, return_dict=False)[0].float()
         short, bias = collapse_padding(rows, TEXT_LENGTH)
-        with cross_attention_bias(self.transformer, bias):
-            return self.transformer(x, timestep, short, return_dict=False)[0].float()
+        with cross_attention_bias(transformer, bias):
+            return transformer(x, timestep, short, return_dict=False)[0].float()
 
     def noise(self, seeds: Sequence[int], settings: SampleSettings) -> Tensor:
         """The Gaussian noise each seed starts from, ``(b, c, f, h, w)`` float32, the same on every device."""
-        shape = self.latent_shape(settings)
-        return torch.stack([torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
+        return seeded_noise(seeds, self.latent_shape(settings))
 
     @torch.no_grad()
     def sample(
@@ -235,7 +291,7 @@ class WanBackbone:
         """Generate clips with Euler steps on the shifted flow schedule.
 
         Each clip's noise comes from its own seed, so a clip does not depend on what else is in the batch (beyond the
-        last bits of floating-point sums).
+        last bits of floating-point sums). Two experts take turns at the boundary, both with their own guidance.
 
         Args:
             text: one trimmed embedding per clip.
@@ -246,21 +302,25 @@ class WanBackbone:
 
         Returns:
             Normalised latents ``(b, c, f, h, w)``, float32 on the CPU.
+
+        Raises:
+            ConfigError: not one text per seed, or ``guidance_2`` for a model with one transformer.
         """
-        if len(text) != len(seeds):
-            raise ConfigError(f"one text per seed is needed, found {len(text)} texts and {len(seeds)} seeds")
-        x = self.noise(seeds, settings).to(self.device)
-        sigmas = sampling_sigmas(settings.steps, settings.shift).tolist()
-        for step, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
-            level = torch.full((len(seeds),), sigma)
-            velocity = self.velocity(x, level, text)
-            if settings.guidance > 1:
-                without = self.velocity(x, level, [negative] * len(seeds))
-                velocity = guided(velocity, without, settings.guidance)
-            x = euler_step(x, velocity, sigma, following)
-            if progress is not None:
-                progress(step + 1, settings.steps)
-        return x.cpu()
+        experts = self._experts
+        if experts is None and settings.guidance_2 is not None:
+            raise ConfigError(f"guidance_2 ({settings.guidance_2}) needs a model with two experts; leave it out")
+        low = settings.guidance if settings.guidance_2 is None else settings.guidance_2
+
+        def guidance(sigma: float) -> float:
+            return low if experts is not None and experts.at(sigma) == "low" else settings.guidance
+
+        with nullcontext(lambda _: self.transformer) if experts is None else experts.switching(self.transformer) as at:
+
+            def predict(x: Tensor, sigma: float, rows: Sequence[Tensor]) -> Tensor:
+                return self._predict(at(sigma), x, torch.full((len(x),), sigma), rows)
+
+            noise = self.noise(seeds, settings).to(self.device)
+            return euler_sample(predict, guidance, noise, text, negative, settings, progress)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, names: Sequence[str] | None = None) -> np.ndarray:
@@ -268,114 +328,26 @@ class WanBackbone:
 
         ``names`` (one per clip) are used in the :class:`DataError` raised when latents or frames are not finite.
         """
-        labels = list(names) if names is not None else [f"clip {index} of the batch" for index in range(len(latents))]
-        _require_finite(latents, labels, "latents")
+        labels = clip_names(names, len(latents))
+        require_finite(latents, labels, "latents")
         raw = self._space.denormalise(latents.to(self.device, torch.float32))
         video = self.vae.decode(raw, return_dict=False)[0]
-        _require_finite(video, labels, "decoded frames")
-        pixels = ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        return np.ascontiguousarray(pixels.permute(0, 2, 3, 4, 1).cpu().numpy())
+        require_finite(video, labels, "decoded frames")
+        return to_frames(video)
 
     @torch.no_grad()
     def encode(self, frames: np.ndarray) -> Tensor:
         """Encode uint8 frames ``(b, T, H, W, 3)``, ``T = 4 k + 1``, to normalised latents (the posterior's mode)."""
-        if frames.dtype != np.uint8 or frames.ndim != 5 or frames.shape[-1] != 3:
-            raise DataError(f"frames must be uint8 (b, T, H, W, 3), found {frames.dtype} {frames.shape}")
-        video = torch.from_numpy(np.ascontiguousarray(frames)).to(self.device).permute(0, 4, 1, 2, 3)
-        posterior = self.vae.encode(video.float() / 127.5 - 1).latent_dist
+        posterior = self.vae.encode(to_video(frames, self.device)).latent_dist
         return self._space.normalise(posterior.mode()).cpu()
 
     def lora_targets(self, kind: LoraTargets) -> list[str]:
         """Names of the linears a LoRA of this kind sits on (methods: official train.py for ``"spatialalign"``)."""
-        linears = [name for name, module in self.transformer.named_modules() if isinstance(module, torch.nn.Linear)]
-        text = [name for name in linears if name.startswith("condition_embedder.text_embedder.")]
-        cross = [name for name in linears if name.endswith((".attn2.to_k", ".attn2.to_v"))]
-        if kind == "spatialalign":
-            return text + cross
-        if kind == "cross-kv":
-            return cross
-        if kind == "attention":
-            ends = tuple(f".{attention}.{part}" for attention in ("attn1", "attn2") for part in _PROJECTIONS)
-            return [name for name in linears if name.endswith(ends)]
-        if kind == "all-linear":
-            return text + [name for name in linears if name.startswith("blocks.")]
-        known = "'spatialalign', 'cross-kv', 'attention' or 'all-linear'"
-        raise ConfigError(f"LoRA targets must be {known}, found {kind!r}")
+        return lora_targets(self.transformer, kind, "condition_embedder.text_embedder.", "blocks.")
 
 
-def pick_device(device: str) -> str:
-    """Resolve ``"auto"`` to CUDA, MPS or CPU, in this order of preference."""
-    if device != "auto":
-        return device
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def pick_dtype(dtype: str, device: str) -> torch.dtype:
-    """Resolve a dtype name; ``"auto"`` is bfloat16 on CUDA and float32 elsewhere."""
-    if dtype == "auto":
-        return torch.bfloat16 if device.startswith("cuda") else torch.float32
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in known:
-        raise ConfigError(f"dtype must be auto, {', '.join(known)}; found {dtype!r}")
-    return known[dtype]
-
-
-def _check_folder(folder: Path) -> None:
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise ModelError(f"{folder} has no model_index.json, so it is not a diffusers WanPipeline folder")
-    entries = read_json(index)
-    if entries.get("boundary_ratio") is not None:
-        raise ModelError(f"{folder} is a two-expert Wan 2.2 model; a single-transformer Wan 2.1 one is needed")
-    for part, expected in _PARTS.items():
-        found = (entries.get(part) or [None, None])[1]
-        if expected is not None and found != expected:
-            raise ModelError(f"{index} names {found} as {part}, expected {expected}")
-        files = list((folder / part).glob("*"))
-        if not files:
-            raise ModelError(f"{folder} lacks its part {part!r} (no files in {folder / part}); copy it there again")
-        if part != "tokenizer":
-            if not (folder / part / "config.json").is_file():
-                raise ModelError(f"{folder / part} lacks config.json; copy the folder again")
-            if not any(file.suffix in (".safetensors", ".bin") for file in files):
-                raise ModelError(f"{folder / part} lacks weights (*.safetensors); copy the folder again")
-
-
-def _load_part(source: str, part: str, load: Callable[[], Any]) -> Any:
-    try:
-        return load()
-    except ModelError:
-        raise
-    except Exception as error:  # the libraries raise many kinds, with messages that do not name the part
-        raise ModelError(f"the part {part!r} of {source} cannot be loaded: {type(error).__name__}: {error}") from error
-
-
-def _load_text(source: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, UMT5EncoderModel]:
-    from transformers import AutoTokenizer, UMT5EncoderModel
-
-    tokenizer = _load_part(source, "tokenizer", lambda: AutoTokenizer.from_pretrained(source, subfolder="tokenizer"))
-    encoder = _load_part(
-        source, "text_encoder", lambda: UMT5EncoderModel.from_pretrained(source, subfolder="text_encoder", dtype=dtype)
-    )
-    return tokenizer, encoder
-
-
-def _read_settings(source: str) -> tuple[SampleSettings, float]:
-    path = Path(source) / SETTINGS_FILE
-    if not path.is_file():
-        return SampleSettings(), 16.0
-    values = read_json(path)
-    fps = float(values.pop("fps", 16.0))
-    try:
-        return SampleSettings(**values), fps
-    except TypeError as error:
-        known = ", ".join(["fps", *SampleSettings.__dataclass_fields__])
-        raise ModelError(f"{path} holds an unknown key ({error}); known keys: {known}") from error
-
-
-def _require_finite(values: Tensor, names: Sequence[str], what: str) -> None:
-    for row, name in zip(values, names, strict=True):
-        if not torch.isfinite(row).all():
-            raise DataError(f"{name}: its {what} are not finite (NaN or infinite); generate it again")
+def _published(index: dict[str, Any]) -> tuple[SampleSettings, float]:
+    """Settings and frames per second that a model was published with, by what tells it from Wan 2.1."""
+    if index.get("boundary_ratio") is not None:
+        return A14B_SETTINGS, 16.0
+    return (TI2V_5B_SETTINGS, 24.0) if index.get("expand_timesteps") else (SampleSettings(), 16.0)

@@ -16,7 +16,10 @@ import spatialalign
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("spatialalign", "training", "nodes")
 HEAVY = {"torch", "transformers", "diffusers", "peft", "matplotlib", "av", "accelerate"}
-VERBS = ("prompts", "generate", "score", "mine", "dpo", "evaluate", "report", "demo", "miniature")
+VERBS = (
+    *("prompts", "generate", "score", "mine", "dpo", "evaluate", "report", "demo", "miniature"),
+    *("lora", "rounds", "import_official"),
+)
 HOST = ("comfy", "folder_paths", "execution", "server", "node_helpers", "latent_preview")
 SKIPPED = {"venv", ".venv", "build", "dist", "store", "runs", "out", "__pycache__", "node_modules"}
 

@@ -1,0 +1,106 @@
+"""What a training pair costs, by formula: operations and peak memory of a Wan transformer, before anything is run.
+
+Operations are exact but for norms and the LoRA itself (2 for a multiplication and addition; the four products of the
+attention's backward pass that are needed). Memory is fitted to what ``benchmarks.dpo_cost`` counts for Wan2.1-T2V-1.3B
+at 32,760 tokens; at other shapes it is an estimate. A CUDA context and an allocator's waste come on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from training.config import TrainSettings
+
+TEXT_TOKENS = 512
+_KEPT = {"full": 1.0, "selective": 3.0, "none": 23.2}
+"""Activations kept until the backward pass, a block and clip, in units of its input: the input alone; it and the
+outputs of both attentions; everything."""
+_WORKING = 40.0
+"""The working set of one block and clip in that unit, and of a batched pair below."""
+_WORKING_BATCHED = 75.0
+_FP8_SAVES = 0.5
+"""Of the 16-bit bytes of the linears in the blocks, nearly all weights."""
+
+
+@dataclass(frozen=True)
+class WanShape:
+    """A Wan transformer and the clips it is trained on.
+
+    Attributes:
+        blocks: their number.
+        width: channels of a token.
+        hidden: width of the feed-forward layers.
+        text_width: of the text embedding.
+        patch: latent values that a token stands for.
+        tokens: of a clip.
+    """
+
+    blocks: int
+    width: int
+    hidden: int
+    text_width: int
+    patch: int
+    tokens: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], latents: Sequence[int]) -> WanShape:
+        """From the transformer's ``config.json`` and the shape ``(c, f, h, w)`` of a clip's latents."""
+        size = config["patch_size"]
+        return cls(
+            blocks=config["num_layers"],
+            width=config["num_attention_heads"] * config["attention_head_dim"],
+            hidden=config["ffn_dim"],
+            text_width=config["text_dim"],
+            patch=config["in_channels"] * prod(size),
+            tokens=prod(length // part for length, part in zip(latents[1:], size, strict=True)),
+        )
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the transformer, without biases and norms (0.3 % at 1.3B)."""
+        d = self.width
+        block = 8 * d * d + 2 * d * self.hidden
+        return self.blocks * block + 7 * d * d + 256 * d + (self.text_width + d + 2 * self.patch) * d
+
+    @property
+    def attention(self) -> int:
+        """Operations of both attentions' products in a forward pass of one clip."""
+        return 4 * self.blocks * self.tokens * (self.tokens + TEXT_TOKENS) * self.width
+
+    @property
+    def forward(self) -> int:
+        """Operations of a forward pass of one clip."""
+        d, n = self.width, self.tokens
+        linears = n * (12 * d * d + 4 * d * self.hidden) + 4 * TEXT_TOKENS * d * d
+        ends = 4 * n * self.patch * d + 2 * TEXT_TOKENS * (self.text_width + d) * d
+        return self.attention + self.blocks * linears + ends
+
+    @property
+    def backward(self) -> int:
+        """Operations of a backward pass of one clip to the first cross-attention, the base's weights being frozen."""
+        d, n = self.width, self.tokens
+        attention = 2 * self.attention - 8 * n * n * d
+        linears = self.blocks * n * (12 * d * d + 4 * d * self.hidden) - 8 * n * d * d
+        return attention + linears + 2 * n * self.patch * d
+
+
+def pair_flops(shape: WanShape, settings: TrainSettings) -> int:
+    """Operations of one training pair; kept predictions of the reference count as there already where they are used
+    more than once (``reference_draws``)."""
+    again = {"none": 0, "selective": shape.forward - shape.attention, "full": shape.forward}[settings.checkpointing]
+    found = 2 * (shape.forward + shape.backward + again)
+    if not (settings.reference_cache != "off" and settings.reference_draws):
+        found += 2 * shape.forward
+    return found + (shape.forward if settings.passes == "one-sample" else 0)
+
+
+def pair_peak(shape: WanShape, settings: TrainSettings, batched: bool, bytes_each: int) -> float:
+    """Bytes alive at once while ``micro_pairs`` pairs are trained on; ``bytes_each`` is those of a value, 2 or 4."""
+    unit = shape.tokens * shape.width * bytes_each * settings.micro_pairs
+    kept = _KEPT[settings.checkpointing] - (1.0 if settings.offload_inputs else 0.0)
+    graphs = 1 if settings.passes == "one-sample" else 2
+    weights = shape.parameters * (bytes_each if settings.base_dtype == "model" else bytes_each * _FP8_SAVES)
+    return weights + graphs * kept * shape.blocks * unit + (_WORKING_BATCHED if batched else _WORKING) * unit

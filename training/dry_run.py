@@ -1,0 +1,158 @@
+"""A training looked at without running it: every file it would read, and what it would cost; nothing is written."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from spatialalign.errors import DataError, SpatialAlignError
+from spatialalign.store import Sample, Store
+from training.config import TrainSettings
+from training.cost import WanShape, pair_flops, pair_peak
+from training.pairs import PromptPairs
+
+_FLOATS = ("F32", "F16", "BF16")
+
+
+@dataclass
+class Files:
+    """What the files of a training turned out to be.
+
+    Attributes:
+        bad: one line for each file that cannot be used, with its path.
+        shapes: number of clips by shape ``(c, f, h, w)`` of their latents.
+        latent_bytes: of all usable clips.
+    """
+
+    bad: list[str] = field(default_factory=list)
+    shapes: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    latent_bytes: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The commonest, which every clip must have."""
+        return self.shapes.most_common(1)[0][0]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is known of a model without its weights; ``space`` and ``config`` are None where it is no Wan model."""
+
+    space: str | None
+    config: dict[str, Any] | None
+
+
+def read_model(name: str, expert: str | None) -> Model:
+    """Read the configuration of a model as ``load_backbone`` takes it; raises :class:`ModelError`."""
+    import spatialalign
+    from spatialalign.backbones.latent_space import LatentSpace
+    from spatialalign.backbones.loading import load_part, read_index
+
+    packaged = Path(spatialalign.__file__).parent / "miniature" / "weights" / "wan"
+    source = str(packaged) if name == "miniature" else name
+    index = read_index(source)
+    if index.get("_class_name") != "WanPipeline":
+        return Model(None, None)
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+
+    part = "transformer_2" if expert == "low" and index.get("boundary_ratio") is not None else "transformer"
+    config = load_part(source, part, lambda: WanTransformer3DModel.load_config(source, subfolder=part))
+    vae = load_part(source, "vae", lambda: AutoencoderKLWan.load_config(source, subfolder="vae"))
+    return Model(LatentSpace.from_config(vae).name, dict(config))
+
+
+def check_files(store: Store, prompts: Sequence[PromptPairs], model: Model) -> Files:
+    """Read every prompt, text and latents that the pairs name, and say of each what is wrong with it."""
+    from tqdm import tqdm
+
+    files, clips = Files(), list[tuple[tuple[int, ...], Sample]]()
+    width = None if model.config is None else model.config.get("text_dim")
+    for prompt in tqdm(prompts, desc="dry run", unit="prompt", disable=None):
+        with _noting(files):
+            store.prompt(prompt.prompt_id)
+        with _noting(files):
+            _check_text(store, prompt.prompt_id, width)
+        for seed in (*prompt.winners, *prompt.losers):
+            with _noting(files):
+                sample = store.sample(prompt.prompt_id, seed)
+                shape = _check_latents(sample, model.space)
+                clips.append((shape, sample))
+                files.shapes[shape] += 1
+                files.latent_bytes += sample.latents.stat().st_size
+    for shape, sample in clips:
+        if shape != files.shape:
+            files.bad.append(f"{sample.latents} has shape {shape}, the other clips {files.shape}; generate it again")
+    return files
+
+
+def report(
+    files: Files, prompts: Sequence[PromptPairs], model: Model, settings: TrainSettings, bytes_each: int, batched: bool
+) -> str:
+    """What the training is made of and what it costs, in lines."""
+    pairs = sum(len(prompt.winners) * len(prompt.losers) for prompt in prompts)
+    lines = [
+        f"{len(prompts)} prompts, {sum(files.shapes.values())} clips, {pairs} pairs, "
+        f"{files.latent_bytes / 1e9:.3g} GB of latents",
+        f"{settings.steps} steps of {settings.batch_pairs} pairs: {settings.steps * settings.batch_pairs:,} pairs",
+    ]
+    if not files.shapes or model.config is None:
+        return "\n".join([*lines, "operations and memory: known for Wan models with clips only"])
+    shape = WanShape.of(model.config, files.shape)
+    step = pair_flops(shape, settings) * settings.batch_pairs
+    peak = pair_peak(shape, settings, batched, bytes_each)
+    return "\n".join(
+        [
+            *lines,
+            f"{shape.tokens:,} tokens a clip, latents {files.shape}",
+            f"{step / 1e12:,.4g} TFLOP a step, {step * settings.steps:.3g} FLOP in all",
+            f"about {peak / 1e9:.3g} GB at the peak, by formula; a CUDA context and fragmentation take 1 to 2 GB more",
+        ]
+    )
+
+
+def seconds_text(model: Model, files: Files, settings: TrainSettings, tflops: float) -> str:
+    """Time of a step and of the training at ``tflops`` TFLOP/s of all processes together."""
+    if not files.shapes or model.config is None:
+        return "time: known for Wan models with clips only"
+    shape = WanShape.of(model.config, files.shape)
+    step = pair_flops(shape, settings) * settings.batch_pairs / (tflops * 1e12)
+    return f"{step:.4g} s a step, {step * settings.steps / 3600:.4g} h in all at {tflops:g} TFLOP/s"
+
+
+def refuse_bad(files: Files) -> None:
+    """Raise :class:`DataError` with every file that cannot be used."""
+    if files.bad:
+        raise DataError(f"{len(files.bad)} files cannot be used:\n  " + "\n  ".join(files.bad))
+
+
+@contextmanager
+def _noting(files: Files) -> Iterator[None]:
+    try:
+        yield
+    except (SpatialAlignError, OSError) as error:
+        files.bad.append(str(error))
+
+
+def _check_text(store: Store, prompt_id: str, width: int | None) -> None:
+    text, path = store.read_text(prompt_id), store.prompt_folder(prompt_id) / "prompt.safetensors"
+    if not text.is_floating_point() or not len(text):
+        raise DataError(f"{path} holds {tuple(text.shape)} values of {text.dtype}; expected floats of some tokens")
+    if width is not None and text.shape[1] != width:
+        raise DataError(f"{path} is {text.shape[1]} wide, the model takes {width}; generate with that model again")
+
+
+def _check_latents(sample: Sample, space: str | None) -> tuple[int, ...]:
+    header, latents = sample.read_header(), sample.read_latents()
+    if space is not None and header.space != space:
+        raise DataError(f"{sample.latents} is in the latent space {header.space}, the model has {space}")
+    with safe_open(sample.latents, framework="pt") as file:
+        kind = file.get_slice("latents").get_dtype()
+    if kind not in _FLOATS:
+        raise DataError(f"{sample.latents} holds {kind}, expected one of {', '.join(_FLOATS)}; generate it again")
+    return tuple(latents.shape)
