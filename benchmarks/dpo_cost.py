@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -160,11 +161,12 @@ def miniature_seconds(rounds: int, pairs: int = PRESETS["miniature"].micro_pairs
 
     settings = PRESETS["miniature"]
     official, ours = (load_backbone("miniature", "cpu") for _ in range(2))
-    shape = Shape(dict(ours.transformer.config), ours.latent_shape(ours.default_settings()))
+    transformer: Any = official.transformer
+    shape = Shape(dict(transformer.config), ours.latent_shape(ours.default_settings()))
     reference = reference_copy(official.transformer)
     for backbone in (official, ours):
         add_adapter(backbone, settings)
-    official.transformer.enable_gradient_checkpointing()
+    transformer.enable_gradient_checkpointing()
     set_up(ours, settings, shape.latents)
     winners, losers = (side(shape, "cpu", pairs, seed, text_tokens=MINIATURE_TOKENS) for seed in (0, 1))
 

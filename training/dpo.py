@@ -18,7 +18,7 @@ from training.cli import command, options_of
 from training.config import TrainSettings, fingerprint
 from training.interrupt import stop_requests
 from training.pairs import PromptPairs, read_pairs, scored_by, split_pairs
-from training.presets import PRESETS, Preset
+from training.presets import PRESETS, Preset, preset_of
 from training.processes import ALONE, Processes, launched, launched_rank
 from training.store import Store
 
@@ -208,6 +208,7 @@ def _export(
     from spatialalign.lora import load_lora, save_lora, unload_lora
     from training.draws import draw
     from training.memory import plain_base
+    from training.reference_cache import weights_digest
     from training.trainer import ADAPTER
 
     backbone, settings, out = trainer.backbone, trainer.settings, trainer.out
@@ -216,7 +217,9 @@ def _export(
     metadata = {
         "method": f"SpatialAlign {settings.arm}",
         "base_model": backbone.model_id,
+        "base_digest": weights_digest(transformer),
         "latent_space": backbone.latent_space,
+        "preset": preset_of(settings),
         "rank": settings.rank,
         "alpha": settings.rank,  # folded into B
         "trained_alpha": settings.alpha,

@@ -62,3 +62,8 @@ PRESETS: dict[Preset, TrainSettings] = {
     "paper": _PAPER,  # the former name of spatialalign
 }
 assert set(get_args(Preset)) == set(PRESETS)
+
+
+def preset_of(settings: TrainSettings) -> str:
+    """Name of the preset that these settings are, whatever their seed; "custom" where an option was changed."""
+    return next((name for name, preset in PRESETS.items() if replace(preset, seed=settings.seed) == settings), "custom")

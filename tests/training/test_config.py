@@ -11,7 +11,7 @@ from docstring_parser import parse_from_object
 
 from spatialalign.errors import ConfigError
 from training.config import TrainSettings, describe_changes
-from training.presets import PRESETS
+from training.presets import PRESETS, preset_of
 
 
 def test_learning_rate_warms_up_falls_and_never_rises_again() -> None:
@@ -37,6 +37,13 @@ def test_the_spatialalign_preset_holds_the_papers_constants() -> None:
     assert (paper.batch_pairs, paper.micro_pairs, paper.shift, paper.noise) == (48, 1, 5, "independent")
     assert (paper.max_grad_norm, paper.half_beta, paper.error_of, paper.form) == (None, False, "velocity", "sigmoid")
     replace(paper, bf16_timesteps=True)
+
+
+def test_settings_know_their_preset_by_its_current_name() -> None:
+    named = {name: preset_of(replace(preset, seed=7)) for name, preset in PRESETS.items()}
+    assert named.pop("paper") == "spatialalign"
+    assert all(name == found for name, found in named.items())
+    assert preset_of(replace(PRESETS["sft"], lr=1e-3)) == "custom"
 
 
 def test_the_presets_of_the_other_methods() -> None:

@@ -25,6 +25,7 @@ from training.checkpoint import latest_checkpoint
 from training.config import TrainSettings
 from training.dpo import main, train
 from training.pairs import PromptPairs, manifest
+from training.reference_cache import weights_digest
 from training.store import LatentsHeader, Store
 
 SETTINGS = TrainSettings(
@@ -81,6 +82,7 @@ def test_training_exports_verified_files(backbone: WanBackbone, paired_store: St
     torch.testing.assert_close(comfy["diffusion_model.blocks.1.cross_attn.v.lora_B.weight"], b * 2)
     assert b.any()
     notes = adapter_metadata(result.comfy)
+    assert (notes["preset"], notes["base_digest"]) == ("custom", weights_digest(backbone.transformer))
     # One prompt of three is held out; each of the others has one winner and two losers.
     assert [notes[key] for key in ("step", "targets", "prompts", "pairs")] == [6, "spatialalign", 2, 4]
     assert (
