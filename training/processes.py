@@ -8,6 +8,7 @@ the same way on every device. ``torchrun`` and ``accelerate launch`` start the p
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_PARTING = 20.0
+"""Seconds that the first process waits at the end for the others to be done, too."""
 _PATIENCE = timedelta(hours=6)
 """How long the others wait for a process, which may be sampling clips; one that ended is noticed at once."""
 
@@ -167,13 +170,20 @@ def launched() -> Iterator[Processes]:
 
     rank = launched_rank()
     try:
-        dist.init_process_group("gloo", timeout=_PATIENCE)
+        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=_PATIENCE))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ConfigError(f"process {rank} of {size} cannot meet the others at {where}: {error}") from error
     try:
         yield Processes(rank, size, _number("LOCAL_RANK", rank))
     finally:
+        # The first process may hold what the others meet by: gone too early, it would take them down with an abort.
+        left = store.add("left", 1)
+        waited = 0.0
+        while rank == 0 and left < size and waited < _PARTING:
+            time.sleep(0.05)
+            waited, left = waited + 0.05, store.add("left", 0)
         dist.destroy_process_group()
 
 
