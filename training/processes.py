@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
@@ -19,6 +19,7 @@ from spatialalign.errors import ConfigError, DataError, SpatialAlignError
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.distributed import Store
 
 T = TypeVar("T")
 
@@ -178,13 +179,17 @@ def launched() -> Iterator[Processes]:
     try:
         yield Processes(rank, size, _number("LOCAL_RANK", rank))
     finally:
-        # The first process may hold what the others meet by: gone too early, it would take them down with an abort.
-        left = store.add("left", 1)
-        waited = 0.0
-        while rank == 0 and left < size and waited < _PARTING:
-            time.sleep(0.05)
-            waited, left = waited + 0.05, store.add("left", 0)
+        _part(store, rank, size)
         dist.destroy_process_group()
+
+
+def _part(store: Store, rank: int, size: int) -> None:
+    """Wait in the first process until all are done: it may hold what they meet by, and without that they abort."""
+    with suppress(RuntimeError):  # the first process died, and its error or signal is what should be seen
+        left, until = store.add("left", 1), time.monotonic() + _PARTING
+        while rank == 0 and left < size and time.monotonic() < until:
+            time.sleep(0.05)
+            left = store.add("left", 0)
 
 
 def _number(name: str, default: int) -> int:
