@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import Tensor
+
+    from .sampling import Adjust, Flow
 
 LoraTargets = Literal["spatialalign", "cross-kv", "attention", "all-linear"]
 """Which linears a LoRA sits on: the paper's set (text embedding and cross-attention k, v), its cross-attention part
@@ -136,6 +139,14 @@ class Backbone(Protocol):
     def velocity(self, x: Tensor, sigma: Tensor, text: Sequence[Tensor]) -> Tensor:
         """Predict ``noise - x0`` for ``x (b, c, f, h, w)`` at levels ``sigma (b,)`` in ``sigma_range``; float32."""
 
+    def noise(self, seeds: Sequence[int], settings: SampleSettings) -> Tensor:
+        """What each seed starts from, ``(b, c, f, h, w)`` float32 on the CPU, the same for every device."""
+
+    def flow(
+        self, text: Sequence[Tensor], negative: Tensor, settings: SampleSettings, adjust: Adjust | None = None
+    ) -> AbstractContextManager[Flow]:
+        """The sampler of clips of these texts, to be stepped inside a ``with`` block; ``adjust`` guides it."""
+
     def sample(
         self,
         text: Sequence[Tensor],
@@ -143,6 +154,7 @@ class Backbone(Protocol):
         seeds: Sequence[int],
         settings: SampleSettings,
         progress: Callable[[int, int], None] | None = None,
+        adjust: Adjust | None = None,
     ) -> Tensor:
         """Generate one clip per text and seed; float32 latents ``(b, c, f, h, w)`` on the CPU."""
 

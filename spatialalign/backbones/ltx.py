@@ -7,7 +7,8 @@ Wan's it predicts ``noise - x0`` and is told ``1000 sigma``. diffusers stretches
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -23,7 +24,7 @@ from .latent_space import LatentSpace
 from .loading import check_parts, load_model, load_part, load_text, pick_device, pick_dtype, read_index, read_settings
 from .padding import pad_text
 from .pixels import clip_names, require_finite, to_frames, to_video
-from .sampling import euler_sample, seeded_noise
+from .sampling import Adjust, Flow, seeded_noise
 from .targets import lora_targets
 
 if TYPE_CHECKING:
@@ -237,7 +238,19 @@ class LtxBackbone:
         """The Gaussian noise each seed starts from, ``(b, c, f, h, w)`` float32, the same on every device."""
         return seeded_noise(seeds, self.latent_shape(settings))
 
-    @torch.no_grad()
+    @contextmanager
+    def flow(
+        self, text: Sequence[Tensor], negative: Tensor, settings: SampleSettings, adjust: Adjust | None = None
+    ) -> Iterator[Flow]:
+        """The sampler of clips of these texts, for use inside the ``with`` block; see :class:`.sampling.Flow`."""
+        if settings.guidance_2 is not None:
+            raise ConfigError(f"guidance_2 ({settings.guidance_2}) needs a model with two experts; leave it out")
+
+        def predict(x: Tensor, sigma: float, rows: Sequence[Tensor]) -> Tensor:
+            return self.velocity(x, torch.full((len(x),), sigma), rows)
+
+        yield Flow(predict, lambda _: settings.guidance, text, negative, settings, self.device, adjust)
+
     def sample(
         self,
         text: Sequence[Tensor],
@@ -245,16 +258,11 @@ class LtxBackbone:
         seeds: Sequence[int],
         settings: SampleSettings,
         progress: Callable[[int, int], None] | None = None,
+        adjust: Adjust | None = None,
     ) -> Tensor:
-        """Generate clips with Euler steps on the shifted flow schedule; see :func:`.sampling.euler_sample`."""
-        if settings.guidance_2 is not None:
-            raise ConfigError(f"guidance_2 ({settings.guidance_2}) needs a model with two experts; leave it out")
-
-        def predict(x: Tensor, sigma: float, rows: Sequence[Tensor]) -> Tensor:
-            return self.velocity(x, torch.full((len(x),), sigma), rows)
-
-        noise = self.noise(seeds, settings).to(self.device)
-        return euler_sample(predict, lambda _: settings.guidance, noise, text, negative, settings, progress)
+        """Generate clips with Euler steps on the shifted flow schedule; see :class:`.sampling.Flow`."""
+        with self.flow(text, negative, settings, adjust) as flow:
+            return flow.run(self.noise(seeds, settings), progress=progress)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, names: Sequence[str] | None = None) -> np.ndarray:

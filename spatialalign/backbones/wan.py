@@ -5,8 +5,8 @@ Of Wan 2.2, TI2V-5B has another autoencoder, and A14B has two transformers, see 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -24,7 +24,7 @@ from .latent_space import LatentSpace
 from .loading import check_parts, load_model, load_part, load_text, pick_device, pick_dtype, read_index, read_settings
 from .padding import collapse_padding, cross_attention_bias, pad_text
 from .pixels import clip_names, require_finite, to_frames, to_video
-from .sampling import euler_sample, seeded_noise
+from .sampling import Adjust, Flow, seeded_noise
 from .targets import lora_targets
 
 if TYPE_CHECKING:
@@ -279,32 +279,22 @@ class WanBackbone:
         """The Gaussian noise each seed starts from, ``(b, c, f, h, w)`` float32, the same on every device."""
         return seeded_noise(seeds, self.latent_shape(settings))
 
-    @torch.no_grad()
-    def sample(
-        self,
-        text: Sequence[Tensor],
-        negative: Tensor,
-        seeds: Sequence[int],
-        settings: SampleSettings,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> Tensor:
-        """Generate clips with Euler steps on the shifted flow schedule.
+    @contextmanager
+    def flow(
+        self, text: Sequence[Tensor], negative: Tensor, settings: SampleSettings, adjust: Adjust | None = None
+    ) -> Iterator[Flow]:
+        """The sampler of clips of these texts, for use inside the ``with`` block.
 
-        Each clip's noise comes from its own seed, so a clip does not depend on what else is in the batch (beyond the
-        last bits of floating-point sums). Two experts take turns at the boundary, both with their own guidance.
+        Two experts take turns at the boundary, both with their own guidance.
 
         Args:
             text: one trimmed embedding per clip.
             negative: embedding of the negative prompt, ``(n, text_dim)``; unused when guidance is 1.
-            seeds: one per clip.
             settings: size, steps, guidance and shift.
-            progress: called after each step with (steps done, steps in all).
-
-        Returns:
-            Normalised latents ``(b, c, f, h, w)``, float32 on the CPU.
+            adjust: what is done to every velocity after that.
 
         Raises:
-            ConfigError: not one text per seed, or ``guidance_2`` for a model with one transformer.
+            ConfigError: ``guidance_2`` for a model with one transformer.
         """
         experts = self._experts
         if experts is None and settings.guidance_2 is not None:
@@ -319,8 +309,38 @@ class WanBackbone:
             def predict(x: Tensor, sigma: float, rows: Sequence[Tensor]) -> Tensor:
                 return self._predict(at(sigma), x, torch.full((len(x),), sigma), rows)
 
-            noise = self.noise(seeds, settings).to(self.device)
-            return euler_sample(predict, guidance, noise, text, negative, settings, progress)
+            yield Flow(predict, guidance, text, negative, settings, self.device, adjust)
+
+    def sample(
+        self,
+        text: Sequence[Tensor],
+        negative: Tensor,
+        seeds: Sequence[int],
+        settings: SampleSettings,
+        progress: Callable[[int, int], None] | None = None,
+        adjust: Adjust | None = None,
+    ) -> Tensor:
+        """Generate clips with Euler steps on the shifted flow schedule.
+
+        Each clip's noise comes from its own seed, so a clip does not depend on what else is in the batch (beyond the
+        last bits of floating-point sums).
+
+        Args:
+            text: one trimmed embedding per clip.
+            negative: see :meth:`flow`.
+            seeds: one per clip.
+            settings: size, steps, guidance and shift.
+            progress: called after each step with (steps done, steps in all).
+            adjust: see :meth:`flow`.
+
+        Returns:
+            Normalised latents ``(b, c, f, h, w)``, float32 on the CPU.
+
+        Raises:
+            ConfigError: not one text per seed, or as :meth:`flow`.
+        """
+        with self.flow(text, negative, settings, adjust) as flow:
+            return flow.run(self.noise(seeds, settings), progress=progress)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, names: Sequence[str] | None = None) -> np.ndarray:
