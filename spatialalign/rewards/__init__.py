@@ -1,0 +1,1 @@
+"""Rewards that are asked while a clip is still noise."""
