@@ -1,11 +1,11 @@
-"""Measure what a LoRA changed, on prompts and seeds that both models share: ``python -m training.evaluate``."""
+"""Measure what a LoRA or a way of sampling changes, on prompts and seeds shared: ``python -m training.evaluate``."""
 
 from __future__ import annotations
 
 import dataclasses
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,8 +15,10 @@ from spatialalign.files import write_json
 from spatialalign.prompts import Prompt, read_csv
 from spatialalign.score import dsr_score
 from spatialalign.tracks import Tracks
-from training.cli import command
+from training.arms import check_given, compare_arms, parse_arms
+from training.cli import command, options_of
 from training.generate import generate, put_lora
+from training.guide import GuideOptions, guide_spec
 from training.measure import Scored, chance, difference, summarise, table
 from training.score import score
 from training.stages import StageSummary, parse_seeds
@@ -33,16 +35,21 @@ LIBRARIES = ("numpy", "torch", "diffusers", "transformers", "peft", "av")
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Generate, track and score with the base model and with the LoRA, same prompts and seeds, and compare."""
+    """Generate, track and score with the base model and with the LoRA, or with arms, same prompts and seeds."""
 
     model: str
     """Base model: a diffusers folder (Wan 2.1, 2.2 or LTX-Video), a hub id, or "miniature"."""
-    lora: Path
-    """LoRA file of any dialect."""
     out: Path
-    """Output folder: the stores base and aligned, metrics.json, table.md. Run again to continue."""
+    """Output folder: the stores, metrics.json and table.md or the files of the arms. Run again to continue."""
     prompts: str
     """CSV file of held-out prompts with the official columns, or "miniature" for the miniature's own."""
+    lora: Path | None = None
+    """LoRA file of any dialect; needed without arms."""
+    arms: str | None = None
+    """Ways of sampling to compare: base, lora, guidance, best-of-<N>, pruned-<N>, particles-<N>, joined as in
+    base,lora,best-of-4,lora+guidance+pruned-4; null for base against LoRA."""
+    reward: list[str] = field(default_factory=list)
+    """Latent rewards of the arms with guidance, each <file> or <file>:<weight>; its options are below."""
     seeds: str = "0-4"
     """Seeds of each prompt, as 0-4 or 0,3,7; both models start from the same noise."""
     limit: int | None = None
@@ -69,8 +76,13 @@ class Evaluate:
     """Classifier-free guidance scale."""
     guidance_2: float | None = None
     """The same for the low-noise expert of Wan 2.2 A14B."""
+    guide_options: dict[str, Any] = options_of(GuideOptions)
 
     def __post_init__(self) -> None:
+        if self.arms is None and (self.lora is None or self.reward or self.guide_options):
+            raise ConfigError("give a LoRA with --lora and no reward, or what to compare with --arms")
+        if self.arms is not None and self.swapped:
+            raise ConfigError(f"swapped is a control of base against LoRA and does not go with arms ({self.arms})")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"limit must be at least 1, found {self.limit}")
         if self.swapped < 0:
@@ -169,7 +181,13 @@ def fill(
     model: str | None = None,
 ) -> list[Scored]:
     """Generate, track and score what the store lacks, and read every score, by prompt and seed."""
-    made = generate(backbone, store, prompts, seeds, settings, batch, model)
+    return score_all(store, tracker, prompts, seeds, generate(backbone, store, prompts, seeds, settings, batch, model))
+
+
+def score_all(
+    store: Store, tracker: Tracker, prompts: Sequence[Prompt], seeds: Sequence[int], made: StageSummary
+) -> list[Scored]:
+    """Track and score what the store lacks after the stage ``made``, and read every score, by prompt and seed."""
     scored = score(store, tracker)
     for summary in (made, scored):
         print(summary.text(), flush=True)
@@ -289,6 +307,8 @@ def read_prompts(source: str) -> list[Prompt]:
 def run(args: Evaluate) -> dict[str, Any]:
     """Load model and tracker, evaluate, and print the table."""
     prompts, seeds = spread(read_prompts(args.prompts), args.limit), parse_seeds(args.seeds)
+    arms, guide = parse_arms(args.arms or ""), guide_spec(args.reward, args.guide_options)
+    check_given(arms, args.lora, guide)
 
     from spatialalign.backbones import load_backbone
     from spatialalign.backbones.loading import pick_device
@@ -298,6 +318,11 @@ def run(args: Evaluate) -> dict[str, Any]:
     tracker = load_tracker(args.tracker, pick_device(args.device), args.rule)
     given = {name: value for name in ("steps", "guidance", "guidance_2") if (value := getattr(args, name)) is not None}
     settings = dataclasses.replace(backbone.default_settings(), **given)
+    if args.arms is not None:
+        return compare_arms(
+            backbone, tracker, prompts, seeds, arms, args.out, settings, args.batch, args.lora, args.lora_scale, guide
+        )
+    assert args.lora is not None, "without arms there is a LoRA"
     result = evaluate(
         backbone, tracker, prompts, seeds, args.lora, args.out, settings, args.batch, args.lora_scale, args.swapped
     )

@@ -114,7 +114,7 @@ def generate(
         store.add_prompt(prompt, {"model": header.model, "settings": header.settings})
     todo = [sample for sample in samples if not sample.generated or sample.name in damaged]
     summary.skipped = len(samples) - len(todo)
-    texts, negative = _texts(backbone, store, {sample.prompt_id: None for sample in todo}, prompts, settings)
+    texts, negative = read_texts(backbone, store, {sample.prompt_id: None for sample in todo}, prompts, settings)
     log.write({"event": "start", "model": header.model, "settings": header.settings, "todo": len(todo)})
     bar: tqdm[Any]
     with tqdm(total=len(samples), initial=summary.skipped, desc="generate", unit="clip", disable=None) as bar:
@@ -133,7 +133,7 @@ def generate(
     return summary
 
 
-def _texts(
+def read_texts(
     backbone: Backbone,
     store: Store,
     wanted: dict[str, None],

@@ -165,16 +165,26 @@ def plain(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {key: summary[key]["value"] for key in ("correct_at_0.7", "invalid_rate", "mean_score")}
 
 
+def cell(value: Mapping[str, Any], share: bool, sign: bool = False) -> str:
+    """An entry with its interval as text: a share in per cent or a score, or a signed difference of either."""
+    if value["value"] is None:
+        return "–"
+    scale, form = (100, "+.1f" if sign else ".1f") if share else (1, "+.3f" if sign else ".3f")
+    low, high = format(scale * value["low"], form), format(scale * value["high"], form)
+    return f"{format(scale * value['value'], form)} [{low}, {high}]"
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the first of them the head, as a Markdown table with even columns."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    padded = [[text.ljust(width) for text, width in zip(row, widths, strict=True)] for row in rows]
+    lines = [f"| {' | '.join(row)} |" for row in padded]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
 def table(result: Mapping[str, Any]) -> str:
     """The outcome as a Markdown table that also reads well in a terminal."""
-
-    def cell(value: Mapping[str, Any], share: bool, sign: bool = False) -> str:
-        if value["value"] is None:
-            return "–"
-        scale, form = (100, "+.1f" if sign else ".1f") if share else (1, "+.3f" if sign else ".3f")
-        low, high = format(scale * value["low"], form), format(scale * value["high"], form)
-        return f"{format(scale * value['value'], form)} [{low}, {high}]"
-
     rows = [["", "base", "aligned", "aligned − base"]]
     for key, name, share in (
         ("correct_at_0.7", "Correct@0.7, %", True),
@@ -191,8 +201,4 @@ def table(result: Mapping[str, Any]) -> str:
     rows.append(["same clips, other types, %", *chances, ""])
     if result["controls"].get("swapped"):
         rows.append(["captions swapped, %", cell(result["controls"]["swapped"]["swapped"], True), "", ""])
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    padded = [[text.ljust(width) for text, width in zip(row, widths, strict=True)] for row in rows]
-    lines = [f"| {' | '.join(row)} |" for row in padded]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
+    return markdown(rows)

@@ -15,6 +15,15 @@ from training.report_charts import Series, correct_chart, curve_chart, finite, i
 
 Box = tuple[float, float, float, float]
 
+CLIP_LEGEND = (
+    '<div class="legend"><span class="initial"><i></i>initial relation</span>'
+    '<span class="final"><i></i>final relation</span><span class="subject"><i class="box"></i>subject</span>'
+    '<span class="object"><i class="box"></i>object</span>'
+    '<label><input type="checkbox" id="boxes" checked> show boxes</label>'
+    '<button type="button" id="play" data-on="1">Pause all</button></div>'
+)
+"""What the colours beside the clips stand for, and the switches of the page's script."""
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -166,12 +175,7 @@ def gallery(pairs: Sequence[Pair]) -> str:
         '<p class="note">One prompt of every type is taken by position, not by result; the others are the largest '
         "gains and the largest losses of the paper's score. Under each clip are its relation scores (SSR, −1 to +1) "
         "over the frames: a clip that obeys starts high in the first and ends high in the second.</p>"
-        '<div class="legend"><span class="initial"><i></i>initial relation</span>'
-        '<span class="final"><i></i>final relation</span><span class="subject"><i class="box"></i>subject</span>'
-        '<span class="object"><i class="box"></i>object</span>'
-        '<label><input type="checkbox" id="boxes" checked> show boxes</label>'
-        '<button type="button" id="play" data-on="1">Pause all</button></div>'
-        f'<div class="clips">{cards}</div>'
+        f'{CLIP_LEGEND}<div class="clips">{cards}</div>'
     )
 
 
@@ -327,14 +331,19 @@ def settings_section(result: Mapping[str, Any]) -> str:
 
 def page(result: Mapping[str, Any], pairs: Sequence[Pair], curves: Sequence[Curve], title: str) -> str:
     """The whole document. It asks nothing of any other file or host."""
-    here = resources.files("training")
-    style = here.joinpath("report.css").read_text(encoding="utf-8")
-    script = here.joinpath("report.js").read_text(encoding="utf-8")
     body = (
         f'<p class="kicker">SpatialAlign report</p><h1>{escape(title)}</h1><p class="lead">{summary(result)}</p>'
         f"{tiles(result)}{gallery(pairs)}{correct_section(result)}{type_table(result)}{measures_table(result)}"
         f"{curves_section(curves)}{settings_section(result)}"
     )
+    return document(title, body)
+
+
+def document(title: str, body: str) -> str:
+    """A page around ``body``, with the style sheet and the script in it."""
+    here = resources.files("training")
+    style = here.joinpath("report.css").read_text(encoding="utf-8")
+    script = here.joinpath("report.js").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
