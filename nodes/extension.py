@@ -10,7 +10,9 @@ from .grounded_sam import LoadGroundedSam
 from .lora import LoadAlignedLora
 from .miniature import LoadMiniature
 from .prompt import DsrFromSet, DsrFromText, DsrPrompt
+from .sampling import LoadLatentReward, RewardGuidance, RewardWeights
 from .scoring import PickBest, ScoreDsr, ScoreSummary
+from .search import BestOfNSampler, ParticleSampler
 from .tracking import DrawTracks, GroundedSamTrack
 
 NODES: list[type[io.ComfyNode]] = [
@@ -26,6 +28,11 @@ NODES: list[type[io.ComfyNode]] = [
     PickBest,
     ScoreSummary,
     LoadAlignedLora,
+    LoadLatentReward,
+    RewardWeights,
+    RewardGuidance,
+    BestOfNSampler,
+    ParticleSampler,
     CollectSample,
     LoadMiniature,
 ]

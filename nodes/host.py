@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-MODEL_FOLDERS = ("grounding-dino", "sam2", "sams")
+MODEL_FOLDERS = ("grounding-dino", "sam2", "sams", "latent_rewards")
 """Folders below ``models`` that the pack adds to the host's own list."""
 
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
@@ -290,3 +291,110 @@ def wan_clip(state_dict: dict[str, Tensor], config: Mapping[str, Any], tokenizer
         state_dict=[state_dict],
         model_options={"dtype": torch.float32},
     )
+
+
+@dataclass(frozen=True)
+class WanModel:
+    """What tells the latents and texts of a Wan MODEL: width of its transformer, width of the text embeddings it
+    takes, and mean and deviation of each channel of its latents."""
+
+    width: int
+    text_dim: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def describe_wan(model: Any) -> WanModel:
+    """The sizes of a Wan MODEL.
+
+    Raises:
+        ModelError: the MODEL is of another family, or does not predict a flow.
+    """
+    from comfy.latent_formats import Wan21
+    from comfy.model_base import WAN21
+    from comfy.model_sampling import CONST
+
+    base, sampling = model.model, model.get_model_object("model_sampling")
+    if not isinstance(base, WAN21) or not isinstance(base.latent_format, Wan21) or not isinstance(sampling, CONST):
+        raise ModelError(
+            f"the model is a {type(base).__name__} with {type(base.latent_format).__name__} latents, sampled by "
+            f"{type(sampling).__name__}; a Wan 2.1 or 2.2 model that predicts a flow is needed: connect a native one"
+        )
+    network, (mean, std) = base.diffusion_model, (base.latent_format.latents_mean, base.latent_format.latents_std)
+    return WanModel(
+        int(network.dim), int(network.text_dim), tuple(mean.flatten().tolist()), tuple(std.flatten().tolist())
+    )
+
+
+def with_post_cfg(model: Any, function: Callable[[dict[str, Any]], Tensor], patchers: Sequence[Any]) -> Any:
+    """A clone of a MODEL that calls ``function`` after classifier-free guidance at each of its evaluations.
+
+    Args:
+        model: the MODEL. What others added to it is kept and called before.
+        function: of the host's arguments (``denoised``, ``input``, ``sigma``, ``cond``, ...); the new ``denoised``. A
+            plain function: the host copies the rest deeply, an object's networks included.
+        patchers: whose models the function uses: the host loads them beside the MODEL, for as long as it samples.
+    """
+    patched = model.clone()
+    patched.set_model_sampler_post_cfg_function(function)
+    kept = patched.get_additional_models_with_key("spatialalign")
+    patched.set_additional_models("spatialalign", [*kept, *patchers])
+    return patched
+
+
+def sampler_choices() -> tuple[list[str], list[str]]:
+    """Names of ComfyUI's samplers, and of its noise schedules."""
+    from comfy.samplers import KSampler
+
+    return list(KSampler.SAMPLERS), list(KSampler.SCHEDULERS)
+
+
+def interruption() -> type[BaseException]:
+    """The exception of a user's stop; the host raises it once for each stop."""
+    from comfy.model_management import InterruptProcessingException
+
+    return InterruptProcessingException
+
+
+def sampling_levels(model: Any, sampler: str, scheduler: str, steps: int, denoise: float) -> tuple[Tensor, bool]:
+    """KSampler's noise levels, and whether a level is ``(1 - sigma) x0 + sigma noise``."""
+    from comfy.model_sampling import CONST
+    from comfy.samplers import KSampler
+
+    plan = KSampler(model, steps, model.load_device, sampler, scheduler, denoise, model.model_options)
+    return plan.sigmas, isinstance(model.get_model_object("model_sampling"), CONST)
+
+
+def sampling_latent(model: Any, latent: Mapping[str, Any]) -> dict[str, Any]:
+    """A LATENT as KSampler takes it for this MODEL: an empty one gets the MODEL's shape."""
+    from comfy.sample import fix_empty_latent_channels
+
+    # Newer hosts note in an empty latent which scale it was made for.
+    scale = {key: value for key, value in latent.items() if key.startswith("downscale_ratio_")}
+    kept = {key: value for key, value in latent.items() if key not in scale}
+    return {**kept, "samples": fix_empty_latent_channels(model, latent["samples"], **scale)}
+
+
+def sample(
+    model: Any, guidance: Any, latent: Any, sampler: str, sigmas: Tensor, seeds: tuple[int, int], steps: Any
+) -> None:
+    """Begin as KSampler does, then ``steps(function of the sampler, model, x, sigmas, **what else it takes)``.
+
+    ``guidance`` is positive, negative and cfg; ``seeds`` that of the noise and that of what a sampler draws.
+    """
+    from comfy.sample import prepare_noise, sample_custom
+    from comfy.samplers import KSAMPLER, sampler_object
+
+    method, start = sampler_object(sampler), latent["samples"]
+    own = KSAMPLER(lambda *args, **rest: steps(method.sampler_function, *args, **rest), {}, method.inpaint_options)
+    noise, mask = prepare_noise(start, seeds[0], latent.get("batch_index")), latent.get("noise_mask")
+    more = {"noise_mask": mask, "disable_pbar": True, "seed": seeds[1]}
+    sample_custom(model, noise, guidance[2], own, sigmas, *guidance[:2], start, **more)
+
+
+def preview(model: Any) -> Callable[[Tensor], Any]:
+    """What draws a clip in the MODEL's space for :class:`Progress`; its pictures are None where previews are off."""
+    from latent_preview import get_previewer
+
+    shows = get_previewer(model.load_device, model.model.latent_format)
+    return lambda x0: None if shows is None else shows.decode_latent_to_preview_image("JPEG", x0)

@@ -20,6 +20,8 @@ SCORE_SOCKET = io.Custom("SPATIALALIGN_SCORE")
 """A :class:`~spatialalign.score.DsrScore`."""
 GROUNDED_SAM_SOCKET = io.Custom("SPATIALALIGN_GROUNDED_SAM")
 """A detector and a segmenter, loaded through the host's model management."""
+REWARD_SOCKET = io.Custom("SPATIALALIGN_REWARD")
+"""A :class:`~.rewards.Reward`: latent rewards, loaded through the host's model management, and their weights."""
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

@@ -8,6 +8,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 WAN = WEIGHTS / "wan"
 DETECTOR = WEIGHTS / "detector"
 SEGMENTER = WEIGHTS / "segmenter"
+REWARD = WEIGHTS / "reward" / "latent_reward.safetensors"
 
 HEIGHT = WIDTH = 64
 HOLD = 4

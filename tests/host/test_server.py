@@ -23,6 +23,8 @@ import pytest
 SHIPPED = ("__init__.py", "pyproject.toml", "requirements.txt", "nodes", "spatialalign", "web", "locales", "workflows")
 """What the pack needs inside ComfyUI: neither the training programs nor the tests."""
 SCORE = "SpatialAlignScore"
+RUN_HERE = ("miniature", "best_of_n", "collect_preferences", "guided_miniature")
+"""The examples that need no download and end in a DSR-Score."""
 START_SECONDS = 600
 RUN_SECONDS = 600
 
@@ -139,7 +141,7 @@ def workflow(repo_root: Path) -> Callable[[str], dict[str, Any]]:
 @pytest.fixture(scope="module")
 def histories(server: Server, workflow: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
     """What the server keeps of its first run of each example that needs no download."""
-    return {name: server.run(workflow(name)) for name in ("miniature", "best_of_n", "collect_preferences")}
+    return {name: server.run(workflow(name)) for name in RUN_HERE}
 
 
 def _scores(workflow: dict[str, Any], history: dict[str, Any]) -> list[str]:
@@ -148,7 +150,7 @@ def _scores(workflow: dict[str, Any], history: dict[str, Any]) -> list[str]:
     return re.findall(r"DSR-Score (\d\.\d+) (?:passes|fails) 0\.7", "\n".join(line for text in shown for line in text))
 
 
-@pytest.mark.parametrize("name", ["miniature", "best_of_n", "collect_preferences"])
+@pytest.mark.parametrize("name", RUN_HERE)
 def test_examples_run_to_a_score(
     server: Server, workflow: Callable[[str], dict[str, Any]], histories: dict[str, Any], name: str
 ) -> None:
@@ -158,6 +160,17 @@ def test_examples_run_to_a_score(
         if node["class_type"] == SCORE:
             for picture in histories[name]["outputs"][key]["images"]:
                 assert server.raw("/view?" + urllib.parse.urlencode(picture)).startswith(b"\x89PNG")
+
+
+def test_the_searching_samplers_run(server: Server, workflow: Callable[[str], dict[str, Any]]) -> None:
+    """Eight clips of which the better four are finished, and four that are resampled."""
+    graph = workflow("best_of_n_sampler")
+    history = server.run(graph)
+    for kind, title in (("BestOfNSampler", "pruned-8"), ("ParticleSampler", "particles-4")):
+        (key,) = [key for key, node in graph.items() if node["class_type"] == f"SpatialAlign{kind}"]
+        (ranking,), (sheet,) = history["outputs"][key]["text"], history["outputs"][key]["images"]
+        assert ranking.startswith(f"{title}, by the paper score:\n1. clip ") and "\n4 of " in ranking
+        assert server.raw("/view?" + urllib.parse.urlencode(sheet)).startswith(b"\x89PNG")
 
 
 def test_a_second_run_is_cached(

@@ -156,6 +156,7 @@ def fake_host(module: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: 
         ("patcher", host.patcher),
         ("load", host.load),
         ("check_interrupt", host.check_interrupt),
+        ("interruption", lambda: Interrupted),
         ("show_text", host.show_text),
         ("Progress", host.bar),
         ("intermediate", lambda tensor: tensor.float()),

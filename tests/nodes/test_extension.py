@@ -31,11 +31,19 @@ IDS = [
     *("SpatialAlignPrompt", "SpatialAlignParse", "SpatialAlignPromptSet", "SpatialAlignLoadGroundedSAM"),
     *("SpatialAlignTrack", "SpatialAlignTracksFromMasks", "SpatialAlignTracksFromBoxes", "SpatialAlignDrawTracks"),
     *("SpatialAlignScore", "SpatialAlignPickBest", "SpatialAlignScoreSummary", "SpatialAlignLoadLora"),
+    *("SpatialAlignLoadReward", "SpatialAlignRewardWeights", "SpatialAlignRewardGuidance"),
+    *("SpatialAlignBestOfNSampler", "SpatialAlignParticleSampler"),
     *("SpatialAlignCollect", "SpatialAlignLoadMiniature"),
 ]
 TAKE_LISTS = {"SpatialAlignPickBest", "SpatialAlignScoreSummary"}
 END_A_GRAPH = {"SpatialAlignScore", "SpatialAlignScoreSummary", "SpatialAlignCollect"}
-GIVE_LISTS = {"SpatialAlignTrack": [True] * 5, "SpatialAlignScore": [False, False, False, True, True, False, False]}
+_SEARCH = [False, False, False, True, False, False]
+GIVE_LISTS = {
+    "SpatialAlignTrack": [True] * 5,
+    "SpatialAlignScore": [False, False, False, True, True, False, False],
+    "SpatialAlignBestOfNSampler": _SEARCH,
+    "SpatialAlignParticleSampler": _SEARCH,
+}
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "object_info.json"
 
 

@@ -16,7 +16,17 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("best_of_n", "collect_preferences", "miniature", "score_video", "wan_aligned_lora", "wan_text_to_video")
+NAMES = (
+    "best_of_n",
+    "best_of_n_sampler",
+    "collect_preferences",
+    "guided_miniature",
+    "miniature",
+    "score_video",
+    "wan_aligned_lora",
+    "wan_guided",
+    "wan_text_to_video",
+)
 CORE = json.loads((Path(__file__).parent / "core_object_info.json").read_text(encoding="utf-8"))["nodes"]
 OURS = json.loads((ROOT / "tests" / "golden" / "object_info.json").read_text(encoding="utf-8"))
 INFO = {**CORE, **OURS}
@@ -28,6 +38,7 @@ FILES = {
     "clip_name": {"umt5_xxl_fp8_e4m3fn_scaled.safetensors"},
     "vae_name": {"wan_2.1_vae.safetensors"},
     "lora": {"lora_comfyui.safetensors"},
+    "reward": {"miniature", "wan21_reward.safetensors"},
     "file": {"my_video.mp4"},
 }
 """Choices that are files on the user's machine, and the names the graphs were saved with."""
