@@ -2,8 +2,7 @@
 
 Two formats are written, both with alpha folded into B so that every reader's default scale of 1 is right: ComfyUI's
 (``diffusion_model.<original name>.lora_A.weight``) and diffusers' (``transformer.<diffusers name>.lora_A.weight`` with
-``lora_adapter_metadata``). Every other dialect is read. Modules have the
-names of diffusers' transformers.
+``lora_adapter_metadata``). Every other dialect is read. Modules have the names of diffusers' transformers.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import LoraError
 from .files import atomic_path
+from .lora_architecture import LTX_WIDTHS, WIDTHS, architecture
 from .module_names import diffusers_name, is_ltx, original_name
 
 if TYPE_CHECKING:
@@ -36,8 +36,6 @@ _SUFFIX = re.compile(
     r"(?P<up>lora_B(?:\.[\w-]+)?\.weight|lora_B|lora_up\.weight|lora\.up\.weight)|"
     r"(?P<alpha>alpha))$"
 )
-WIDTHS = {128: "the miniature", 1536: "Wan 1.3B", 3072: "Wan 2.2 5B", 5120: "Wan 14B"}
-"""Models by the width of their blocks."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +155,9 @@ def read_lora(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise LoraError(
             f"{path} is not a plain tensor file ({error}); code in checkpoints is never run, convert it to safetensors"
         ) from error
-    content = content.get("state_dict", content) if isinstance(content, dict) else {}
+    content = content if isinstance(content, dict) else {}
+    if not any(".lora_" in str(key) for key in content):  # the official train.py puts the LoRA beside its state_dict
+        content = content.get("state_dict", content)
     tensors = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
     return tensors, {}
 
@@ -215,27 +215,28 @@ def fit_lora(path: str | Path, sizes: Mapping[str, tuple[int, int]]) -> Fitted:
         sizes: (out, in) of the model's linears by diffusers or original name.
 
     Raises:
-        LoraError: the model is no Wan model, nothing in the file fits it, or the sizes are another model's.
+        LoraError: the model is neither Wan nor LTX-Video, nothing in the file fits it, or the sizes are another
+            model's.
     """
     tensors, metadata = read_lora(path)
     linears = {module: size for name, size in sizes.items() if (module := diffusers_name(name))}
     if not linears:
         raise LoraError(
-            f"the model has none of Wan's layers (it has {_few(sizes)}), so {path} cannot be loaded into it; "
-            "connect a native Wan model"
+            f"the model has none of Wan's layers and none of LTX-Video's (it has {_few(sizes)}), so {path} cannot be "
+            "loaded into it; connect a native Wan model or LTX-Video"
         )
     pairs, unmatched = parse_lora(tensors, linears)
     if not pairs:
         raise LoraError(
             f"0 of {len(tensors)} keys in {path} fit the model (the file has {_few(tensors)}; the model has "
-            f"{_few(sizes)}); is it a LoRA for Wan's transformer?"
+            f"{_few(sizes)}); is it a LoRA for this model's transformer?"
         )
     for module, pair in pairs.items():
         found = (pair.up.shape[0], pair.down.shape[1])
         if found != linears[module]:
             raise LoraError(
-                f"{path} was made for another model size: {module} is {_size(linears[module])} here and "
-                f"{_size(found)} in the file; load it on the model it was trained on"
+                f"{path} was made for another model size: {module} is {_size(module, linears[module])} here and "
+                f"{_size(module, found)} in the file; load it on the model it was trained on"
             )
     return Fitted(pairs, tuple(unmatched), metadata)
 
@@ -244,9 +245,10 @@ def _few(names: Iterable[str]) -> str:
     return ", ".join(list(names)[:3]) or "nothing"
 
 
-def _size(size: tuple[int, int]) -> str:
+def _size(module: str, size: tuple[int, int]) -> str:
     """``5120x5120 (Wan 14B)``: a layer's size and, where one of its sides is a known width, whose it is."""
-    owner = next((WIDTHS[side] for side in size if side in WIDTHS), None)
+    widths = LTX_WIDTHS if is_ltx(module) else WIDTHS
+    owner = next((widths[side] for side in size if side in widths), None)
     return f"{size[0]}x{size[1]}" + (f" ({owner})" if owner else "")
 
 
@@ -320,14 +322,15 @@ def write_pairs(
     """
     from safetensors.torch import save_file
 
-    ranks, ltx = sorted({pair.down.shape[0] for pair in pairs.values()}), any(map(is_ltx, pairs))
+    ranks = sorted({pair.down.shape[0] for pair in pairs.values()})
+    model, implementation = architecture(pairs, metadata)
     common = {
         "format": "pt",
         "spatialalign": json.dumps(dict(metadata), sort_keys=True),
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "ltx-video/lora" if ltx else "wan2.1/lora",
-        "modelspec.implementation": f"https://github.com/{'Lightricks/LTX-Video' if ltx else 'Wan-Video/Wan2.1'}",
-        "modelspec.title": f"SpatialAlign LoRA for {metadata.get('base_model', 'Wan 2.1')}",
+        "modelspec.architecture": model,
+        "modelspec.implementation": implementation,
+        "modelspec.title": f"SpatialAlign LoRA for {metadata.get('base_model', 'a model not stated')}",
         "modelspec.description": f"Dynamic spatial relationships, step {metadata.get('step', 'unknown')}",
         "modelspec.license": str(metadata.get("license", "Apache-2.0")),
         "ss_network_module": "networks.lora",

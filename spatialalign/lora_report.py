@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .lora import Fitted, training_notes
@@ -13,7 +13,11 @@ _KINDS = (
     ("blocks.N.self_attn.", "self-attention"),
     ("blocks.N.cross_attn.", "cross-attention"),
     ("blocks.N.ffn.", "feed-forward"),
+    ("blocks.N.attn1.to_", "self-attention"),
+    ("blocks.N.attn2.to_", "cross-attention"),
+    ("blocks.N.ff.", "feed-forward"),
     ("text_embedding.", "text embedding"),
+    ("caption_projection.", "text embedding"),
     ("time_", "time embedding"),
     ("img_emb.", "image embedding"),
     ("head.", "head"),
@@ -41,7 +45,7 @@ def describe(fitted: Fitted, strength: float, model: str | None = None) -> str:
         f"Matched {matched} of {total} pairs, rank {', '.join(map(str, ranks))}: {layers(fitted.pairs)}",
         f"For the base model {base_model(fitted) or 'not stated in the file'}",
         _training(notes),
-        _scores(notes),
+        f"Scores, base → aligned: {scores}" if (scores := scores_in_words(notes)) else "",
         f"Strength {strength:g}" + ("" if strength else ": the model is handed on unchanged"),
     ]
     return "\n".join([line for line in lines if line] + [f"WARNING: {words}" for words in warnings(fitted, model)])
@@ -60,13 +64,13 @@ def layers(modules: Iterable[str]) -> str:
     found: dict[str, dict[str, set[str]]] = {}
     for module in modules:
         name = original_name(module) or module
-        block = re.match(r"blocks\.(\d+)\.", name)
-        general = re.sub(r"^blocks\.\d+\.", "blocks.N.", name)
+        block = re.match(r"(?:transformer_)?blocks\.(\d+)\.", name)
+        general = f"blocks.N.{name[block.end() :]}" if block else name
         prefix, kind = next((entry for entry in _KINDS if general.startswith(entry[0])), (general, general))
         parts = found.setdefault(kind, {"parts": set(), "blocks": set()})
         if block:
             parts["blocks"].add(block[1])
-            parts["parts"].add(general.removeprefix(prefix))
+            parts["parts"].add(general.removeprefix(prefix).removesuffix(".0"))  # LTX-Video's output is out.0
     words = []
     for kind in sorted(found, key=_place):
         parts = found[kind]
@@ -124,6 +128,24 @@ def _training(notes: dict[str, Any]) -> str:
     return f"Trained with {', '.join(parts)}" if parts else ""
 
 
-def _scores(notes: dict[str, Any]) -> str:
-    scores = notes.get("scores")
-    return f"Scores: {', '.join(f'{name} {value}' for name, value in scores.items())}" if scores else ""
+def scores_in_words(notes: Mapping[str, Any]) -> str:
+    """The scores before and after that an evaluation left in a LoRA's notes; empty where there are none."""
+    try:
+        scores = notes["scores"]
+        base, aligned = scores["base"], scores["aligned"]
+        parts = [
+            f"{name} {_number(base[key], form)} → {_number(aligned[key], form)}"
+            for key, name, form in (
+                ("correct_at_0.7", "Correct@0.7", ".1%"),
+                ("invalid_rate", "INVALID", ".1%"),
+                ("mean_score", "mean score", ".3f"),
+            )
+        ]
+        strength = "" if scores["strength"] == 1 else f" at strength {scores['strength']:g}"
+        return f"{', '.join(parts)}{strength} ({scores['prompts']} prompts, {len(scores['seeds'])} clips each)"
+    except (KeyError, TypeError, ValueError):  # none, or of a form that another version writes
+        return ""
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)

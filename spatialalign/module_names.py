@@ -14,6 +14,11 @@ _LTX = re.compile(
     r"caption_projection\.linear_[12]|"
     r"transformer_blocks\.\d+\.(attn[12]\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))"
 )
+_LTX_IN_BLOCK = (
+    *(f"attn{number}.to_{part}" for number in (1, 2) for part in ("q", "k", "v", "out.0")),
+    "ff.net.0.proj",
+    "ff.net.2",
+)
 
 
 def is_ltx(module: str) -> bool:
@@ -29,3 +34,9 @@ def original_name(module: str) -> str | None:
 def diffusers_name(module: str) -> str | None:
     """The diffusers name of a module in original or in diffusers naming; None for an unknown one."""
     return module if is_ltx(module) else wan_modules.diffusers_name(module)
+
+
+def linears(blocks: int) -> list[str]:
+    """The diffusers names of every linear that a Wan or LTX-Video transformer with so many blocks can have."""
+    inner = [f"transformer_blocks.{block}.{name}" for block in range(blocks) for name in _LTX_IN_BLOCK]
+    return [*wan_modules.wan_linears(blocks), "caption_projection.linear_1", "caption_projection.linear_2", *inner]

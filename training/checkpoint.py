@@ -12,12 +12,14 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -65,9 +67,41 @@ def save_checkpoint(
 
     The ``keep`` newest stay (0: all), and that of step ``best`` whatever its age. ``progress`` is the loop's own state,
     as plain JSON values.
+
+    Raises:
+        DataError: it cannot be written, for want of space say; the others are unharmed.
     """
-    root.mkdir(parents=True, exist_ok=True)
     target = checkpoint_folder(root, step)
+    with _saving(target):
+        _write(target, step, parameters, optimizer, identity, progress)
+    if keep:
+        for old in _folders(root)[:-keep]:
+            if best is None or old != checkpoint_folder(root, best):
+                shutil.rmtree(old)
+    return target
+
+
+@contextmanager
+def _saving(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"the checkpoint {target} cannot be written ({error}); the one before it is unharmed: make room on its "
+            "disk, or let this user write there, and run the same command again to continue"
+        ) from error
+
+
+def _write(
+    target: Path,
+    step: int,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    identity: Mapping[str, Any],
+    progress: Mapping[str, Any] | None,
+) -> None:
+    root = target.parent
+    root.mkdir(parents=True, exist_ok=True)
     temporary = root / f".tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}-{target.name}"
     temporary.mkdir()
     try:
@@ -97,11 +131,6 @@ def save_checkpoint(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(temporary.with_name(temporary.name + "-old"), ignore_errors=True)
-    if keep:
-        for old in _folders(root)[:-keep]:
-            if best is None or old != checkpoint_folder(root, best):
-                shutil.rmtree(old)
-    return target
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:

@@ -22,6 +22,7 @@ HARMLESS = frozenset(
         "sample_every",
         "sample_prompts",
         "sample_seeds",
+        "shard",
         "tensorboard",
     }
 )
@@ -148,6 +149,8 @@ class TrainSettings:
     """Compile each transformer block with torch.compile."""
     base_dtype: Literal["model", "fp8"] = "model"
     """Precision in which the frozen base is stored: as loaded, or its blocks in 8 bits."""
+    shard: bool = False
+    """With several processes: each holds a part of the frozen base; a block is put together when it runs (FSDP2)."""
 
     def __post_init__(self) -> None:
         _check_ranges(self)
@@ -258,6 +261,16 @@ def _check_contradictions(settings: TrainSettings) -> None:
         s.reference_draws > 0 and s.reference_cache == "off",
         "repeats draws and gains nothing; set reference_cache bfloat16",
     )
+    _refuse(s, "shard", "sample_every", s.shard and s.sample_every > 0, "would sample in one process, but needs all")
+    _refuse(
+        s,
+        "shard",
+        "reference_cache",
+        s.shard and s.reference_cache != "off",
+        "would need all processes for a prediction that only one of them lacks",
+    )
+    _refuse(s, "shard", "base_dtype", s.shard and s.base_dtype == "fp8", "has weights in a form it cannot divide")
+    _refuse(s, "shard", "compile", s.shard and s.compile, "is not supported; choose one of them")
     for name, wanted in (("early_stop", s.early_stop > 0), ("keep_best", s.keep_best)):
         by_score = s.monitor == "score"
         _refuse(s, name, "held_out", wanted and s.held_out == 0 and not by_score, "has no held-out pairs to follow")

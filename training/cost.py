@@ -1,4 +1,4 @@
-"""What a training pair costs, by formula: operations and peak memory of a Wan transformer, before anything is run.
+"""What a training pair costs, by formula: operations and peak memory of a transformer, before anything is run.
 
 Operations are exact but for norms and the LoRA itself (2 for a multiplication and addition; the four products of the
 attention's backward pass that are needed). Memory is fitted to what ``benchmarks.dpo_cost`` counts for Wan2.1-T2V-1.3B
@@ -14,7 +14,6 @@ from typing import Any
 
 from training.config import TrainSettings
 
-TEXT_TOKENS = 512
 _KEPT = {"full": 1.0, "selective": 3.0, "none": 23.2}
 """Activations kept until the backward pass, a block and clip, in units of its input: the input alone; it and the
 outputs of both attentions; everything."""
@@ -27,7 +26,7 @@ _FP8_SAVES = 0.5
 
 @dataclass(frozen=True)
 class WanShape:
-    """A Wan transformer and the clips it is trained on.
+    """A Wan transformer, or LTX-Video's, which has the same products; and the clips it is trained on.
 
     Attributes:
         blocks: their number.
@@ -36,6 +35,7 @@ class WanShape:
         text_width: of the text embedding.
         patch: latent values that a token stands for.
         tokens: of a clip.
+        text_tokens: of a text, padding included.
     """
 
     blocks: int
@@ -44,10 +44,13 @@ class WanShape:
     text_width: int
     patch: int
     tokens: int
+    text_tokens: int = 512
 
     @classmethod
     def of(cls, config: Mapping[str, Any], latents: Sequence[int]) -> WanShape:
         """From the transformer's ``config.json`` and the shape ``(c, f, h, w)`` of a clip's latents."""
+        if "caption_channels" in config:
+            return cls._of_ltx(config, latents)
         size = config["patch_size"]
         return cls(
             blocks=config["num_layers"],
@@ -56,6 +59,21 @@ class WanShape:
             text_width=config["text_dim"],
             patch=config["in_channels"] * prod(size),
             tokens=prod(length // part for length, part in zip(latents[1:], size, strict=True)),
+        )
+
+    @classmethod
+    def _of_ltx(cls, config: Mapping[str, Any], latents: Sequence[int]) -> WanShape:
+        """The same for LTX-Video: its feed-forward layers are four times as wide, texts have at most 128 tokens."""
+        size = (config["patch_size_t"], config["patch_size"], config["patch_size"])
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        return cls(
+            blocks=config["num_layers"],
+            width=width,
+            hidden=4 * width,
+            text_width=config["caption_channels"],
+            patch=config["in_channels"],
+            tokens=prod(length // part for length, part in zip(latents[1:], size, strict=True)),
+            text_tokens=128,
         )
 
     @property
@@ -68,14 +86,14 @@ class WanShape:
     @property
     def attention(self) -> int:
         """Operations of both attentions' products in a forward pass of one clip."""
-        return 4 * self.blocks * self.tokens * (self.tokens + TEXT_TOKENS) * self.width
+        return 4 * self.blocks * self.tokens * (self.tokens + self.text_tokens) * self.width
 
     @property
     def forward(self) -> int:
         """Operations of a forward pass of one clip."""
         d, n = self.width, self.tokens
-        linears = n * (12 * d * d + 4 * d * self.hidden) + 4 * TEXT_TOKENS * d * d
-        ends = 4 * n * self.patch * d + 2 * TEXT_TOKENS * (self.text_width + d) * d
+        linears = n * (12 * d * d + 4 * d * self.hidden) + 4 * self.text_tokens * d * d
+        ends = 4 * n * self.patch * d + 2 * self.text_tokens * (self.text_width + d) * d
         return self.attention + self.blocks * linears + ends
 
     @property

@@ -110,7 +110,8 @@ def train(
     """Train, export and verify; the backbone is left without any adapter.
 
     ``references`` is the folder of kept reference predictions, None for one below ``out``. Where several processes take
-    part, each calls this with the same of everything but the backbone's device; the first one needs the tracker.
+    part, each calls this with the same of everything but the backbone's device; the first one needs the tracker. With
+    ``shard`` the backbone is one of :func:`training.sharding.load_sharded`, and stays in parts.
 
     Raises:
         DataError: pairs or samples cannot be used.
@@ -162,7 +163,9 @@ def train(
             if not finished:
                 return TrainResult(False, trainer.step)
             step, last = trainer.load_best(), trainer.held_out()
-            return processes.on_first(lambda: _export(trainer, store, chosen, pairs_digest, step, last))
+            if settings.shard:  # the files are checked with the model, which needs all processes
+                return _export(trainer, store, chosen, pairs_digest, step, last, processes)
+            return processes.on_first(lambda: _export(trainer, store, chosen, pairs_digest, step, last, ALONE))
         finally:
             unload_lora(backbone.transformer, ADAPTER)
             trainer.release()
@@ -200,8 +203,12 @@ def _export(
     pairs_digest: str,
     step: int,
     held_out: dict[str, float] | None,
+    processes: Processes,
 ) -> TrainResult:
-    """Write both files, load each back into the same transformer and compare velocities."""
+    """Write both files, load each back into the same transformer and compare velocities.
+
+    ``processes`` are those that call this; the first one writes.
+    """
     import torch
 
     from spatialalign.backbones.flow import add_noise
@@ -237,13 +244,15 @@ def _export(
     if backbone.expert is not None:
         metadata["expert"] = backbone.expert
     plain_base(backbone)
-    save_lora(transformer, comfy, diffusers, metadata, adapter=ADAPTER)
+    processes.on_first(lambda: save_lora(transformer, comfy, diffusers, metadata, adapter=ADAPTER))
 
     prompt = prompts[0]
-    clean = store.sample(prompt.prompt_id, prompt.winners[0]).read_latents()
+    with processes.together():
+        clean = store.sample(prompt.prompt_id, prompt.winners[0]).read_latents()
+        text = store.read_text(prompt.prompt_id)
     noise = draw(settings, "verify", 0, clean.shape).winner
     sigma = torch.tensor([sum(backbone.sigma_range) / 2])
-    inputs = add_noise(clean[None], noise[None], sigma), sigma, [store.read_text(prompt.prompt_id)]
+    inputs = add_noise(clean[None], noise[None], sigma), sigma, [text]
     transformer.eval()
     with torch.no_grad():
         trained = backbone.velocity(*inputs)
@@ -273,7 +282,8 @@ def _export(
         "verified": worst,
         "lora": metadata,
     }
-    write_json(out / "summary.json", summary | {"settings": settings.to_dict()})
+    if processes.first:
+        write_json(out / "summary.json", summary | {"settings": settings.to_dict()})
     return result
 
 
@@ -283,8 +293,11 @@ def run(args: Dpo) -> None:
         if launched_rank() == 0:
             _dry_run(args)
         return
-    with launched() as processes:
-        _run(args, processes)
+    from training.sharding import backend, with_launcher
+
+    settings = with_launcher(args.settings())
+    with launched(backend(settings, args.device)) as processes:
+        _run(args, settings, processes)
 
 
 def _dry_run(args: Dpo) -> None:
@@ -308,10 +321,12 @@ def _dry_run(args: Dpo) -> None:
         read_scores(store, prompts, scored_by(args.pairs or args.store / "pairs.json"))
 
 
-def _run(args: Dpo, processes: Processes) -> None:
+def _run(args: Dpo, settings: TrainSettings, processes: Processes) -> None:
     import sys
 
-    settings = args.settings()
+    from training.sharding import check_sharding, load_sharded
+
+    check_sharding(settings, processes)
     store = Store(args.store)
     pairs = args.pairs or args.store / "pairs.json"
     read_pairs(pairs)  # a missing manifest should not wait for the model to load
@@ -320,7 +335,10 @@ def _run(args: Dpo, processes: Processes) -> None:
 
     with processes.together():
         device = processes.device(args.device)
-        backbone = load_backbone(args.model, device, args.dtype, args.expert)
+        if settings.shard:
+            backbone = load_sharded(args.model, device, args.dtype, args.expert, processes)
+        else:
+            backbone = load_backbone(args.model, device, args.dtype, args.expert)
         tracker = None
         if settings.sample_every and processes.first:
             from spatialalign.backbones.loading import pick_device
@@ -328,7 +346,13 @@ def _run(args: Dpo, processes: Processes) -> None:
 
             tracker = load_tracker(args.tracker, pick_device(device))
     folder = args.reference_folder
-    result = train(backbone, store, pairs, args.out, settings, args.allow_changes, folder, tracker, processes)
+    try:
+        result = train(backbone, store, pairs, args.out, settings, args.allow_changes, folder, tracker, processes)
+    except OSError as error:
+        raise DataError(
+            f"a file of the training in {args.out} cannot be read or written ({error}); repair that or make room, and "
+            "run the same command again to continue from the newest checkpoint"
+        ) from error
     if not processes.first:
         return
     if result.finished:

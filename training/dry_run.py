@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from spatialalign.errors import DataError, SpatialAlignError
+from spatialalign.errors import DataError, ModelError, SpatialAlignError
 from spatialalign.store import Sample, Store
 from training.config import TrainSettings
 from training.cost import WanShape, pair_flops, pair_peak
@@ -42,29 +42,63 @@ class Files:
 
 @dataclass(frozen=True)
 class Model:
-    """What is known of a model without its weights; ``space`` and ``config`` are None where it is no Wan model."""
+    """What is known of a model without its weights: the space of its latents, and its transformer's ``config.json``."""
 
-    space: str | None
-    config: dict[str, Any] | None
+    space: str
+    config: dict[str, Any]
+
+    @property
+    def text_width(self) -> int:
+        """Of the text embeddings it takes."""
+        return int(self.config["text_dim"] if "text_dim" in self.config else self.config["caption_channels"])
 
 
 def read_model(name: str, expert: str | None) -> Model:
     """Read the configuration of a model as ``load_backbone`` takes it; raises :class:`ModelError`."""
     import spatialalign
-    from spatialalign.backbones.latent_space import LatentSpace
-    from spatialalign.backbones.loading import load_part, read_index
+    from spatialalign.backbones.loading import read_index
 
     packaged = Path(spatialalign.__file__).parent / "miniature" / "weights" / "wan"
     source = str(packaged) if name == "miniature" else name
     index = read_index(source)
-    if index.get("_class_name") != "WanPipeline":
-        return Model(None, None)
+    pipeline = index.get("_class_name")
+    if pipeline == "WanPipeline":
+        two = index.get("boundary_ratio") is not None
+        return _read_wan(source, "transformer_2" if two and expert == "low" else "transformer")
+    if pipeline == "LTXPipeline":
+        return _read_ltx(source)
+    raise ModelError(f"{name} is a {pipeline}; known are WanPipeline (Wan 2.1 and 2.2) and LTXPipeline (LTX-Video)")
+
+
+def _read_wan(source: str, part: str) -> Model:
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
-    part = "transformer_2" if expert == "low" and index.get("boundary_ratio") is not None else "transformer"
+    from spatialalign.backbones.latent_space import LatentSpace
+    from spatialalign.backbones.loading import load_part
+
     config = load_part(source, part, lambda: WanTransformer3DModel.load_config(source, subfolder=part))
     vae = load_part(source, "vae", lambda: AutoencoderKLWan.load_config(source, subfolder="vae"))
     return Model(LatentSpace.from_config(vae).name, dict(config))
+
+
+def _read_ltx(source: str) -> Model:
+    from diffusers import AutoencoderKLLTXVideo, LTXVideoTransformer3DModel
+
+    from spatialalign.backbones.loading import load_part
+    from spatialalign.backbones.ltx import read_space
+
+    def space() -> str:
+        folder = Path(source) / "vae"
+        if not Path(source).is_dir():  # a hub id; the constants of the latents lie among the VAE's weights
+            from huggingface_hub import hf_hub_download
+
+            folder = Path(hf_hub_download(source, "vae/diffusion_pytorch_model.safetensors")).parent
+        return read_space(folder, dict(AutoencoderKLLTXVideo.load_config(source, subfolder="vae"))).name
+
+    config = load_part(
+        source, "transformer", lambda: LTXVideoTransformer3DModel.load_config(source, subfolder="transformer")
+    )
+    return Model(load_part(source, "vae", space), dict(config))
 
 
 def check_files(store: Store, prompts: Sequence[PromptPairs], model: Model) -> Files:
@@ -72,12 +106,11 @@ def check_files(store: Store, prompts: Sequence[PromptPairs], model: Model) -> F
     from tqdm import tqdm
 
     files, clips = Files(), list[tuple[tuple[int, ...], Sample]]()
-    width = None if model.config is None else model.config.get("text_dim")
     for prompt in tqdm(prompts, desc="dry run", unit="prompt", disable=None):
         with _noting(files):
             store.prompt(prompt.prompt_id)
         with _noting(files):
-            _check_text(store, prompt.prompt_id, width)
+            _check_text(store, prompt.prompt_id, model.text_width)
         for seed in (*prompt.winners, *prompt.losers):
             with _noting(files):
                 sample = store.sample(prompt.prompt_id, seed)
@@ -101,8 +134,8 @@ def report(
         f"{files.latent_bytes / 1e9:.3g} GB of latents",
         f"{settings.steps} steps of {settings.batch_pairs} pairs: {settings.steps * settings.batch_pairs:,} pairs",
     ]
-    if not files.shapes or model.config is None:
-        return "\n".join([*lines, "operations and memory: known for Wan models with clips only"])
+    if not files.shapes:
+        return "\n".join([*lines, "operations and memory: not known without a clip"])
     shape = WanShape.of(model.config, files.shape)
     step = pair_flops(shape, settings) * settings.batch_pairs
     peak = pair_peak(shape, settings, batched, bytes_each)
@@ -118,8 +151,8 @@ def report(
 
 def seconds_text(model: Model, files: Files, settings: TrainSettings, tflops: float) -> str:
     """Time of a step and of the training at ``tflops`` TFLOP/s of all processes together."""
-    if not files.shapes or model.config is None:
-        return "time: known for Wan models with clips only"
+    if not files.shapes:
+        return "time: not known without a clip"
     shape = WanShape.of(model.config, files.shape)
     step = pair_flops(shape, settings) * settings.batch_pairs / (tflops * 1e12)
     return f"{step:.4g} s a step, {step * settings.steps / 3600:.4g} h in all at {tflops:g} TFLOP/s"
@@ -139,17 +172,17 @@ def _noting(files: Files) -> Iterator[None]:
         files.bad.append(str(error))
 
 
-def _check_text(store: Store, prompt_id: str, width: int | None) -> None:
+def _check_text(store: Store, prompt_id: str, width: int) -> None:
     text, path = store.read_text(prompt_id), store.prompt_folder(prompt_id) / "prompt.safetensors"
     if not text.is_floating_point() or not len(text):
         raise DataError(f"{path} holds {tuple(text.shape)} values of {text.dtype}; expected floats of some tokens")
-    if width is not None and text.shape[1] != width:
+    if text.shape[1] != width:
         raise DataError(f"{path} is {text.shape[1]} wide, the model takes {width}; generate with that model again")
 
 
-def _check_latents(sample: Sample, space: str | None) -> tuple[int, ...]:
+def _check_latents(sample: Sample, space: str) -> tuple[int, ...]:
     header, latents = sample.read_header(), sample.read_latents()
-    if space is not None and header.space != space:
+    if header.space != space:
         raise DataError(f"{sample.latents} is in the latent space {header.space}, the model has {space}")
     with safe_open(sample.latents, framework="pt") as file:
         kind = file.get_slice("latents").get_dtype()

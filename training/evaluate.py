@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +20,7 @@ from training.arms import check_given, compare_arms, parse_arms
 from training.cli import command, options_of
 from training.generate import generate, put_lora
 from training.guide import GuideOptions, guide_spec
-from training.measure import Scored, chance, difference, summarise, table
+from training.measure import Scored, chance, difference, plain, summarise, table
 from training.score import score
 from training.stages import StageSummary, parse_seeds
 from training.store import Sample, Store
@@ -27,6 +28,8 @@ from training.store import Sample, Store
 if TYPE_CHECKING:
     from spatialalign.backbones.base import Backbone, SampleSettings
     from spatialalign.tracking.tracker import Tracker
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1
 PAPER_TYPES = ("LR", "LT", "RL", "RT", "TL", "TR")
@@ -76,6 +79,9 @@ class Evaluate:
     """Classifier-free guidance scale."""
     guidance_2: float | None = None
     """The same for the low-noise expert of Wan 2.2 A14B."""
+    record: bool = True
+    """Write the scores into the metadata of the LoRA file and of its twin in the other format, if they are files of
+    this project; the tensors stay as they are."""
     guide_options: dict[str, Any] = options_of(GuideOptions)
 
     def __post_init__(self) -> None:
@@ -101,6 +107,7 @@ def evaluate(
     lora_scale: float = 1.0,
     swapped: int = 0,
     name: str = "aligned",
+    record: bool = True,
 ) -> dict[str, Any]:
     """Evaluate and write ``metrics.json`` and ``table.md`` into ``out``; what its stores hold is not made again.
 
@@ -118,6 +125,7 @@ def evaluate(
         lora_scale: strength of the LoRA.
         swapped: number of prompts of the swapped-caption control, 0 for none.
         name: folder of the aligned model's store in ``out``; several LoRAs can share one base that way.
+        record: write the scores into the LoRA's own metadata as well, where it is a file of this project.
 
     Returns:
         The content of metrics.json.
@@ -167,7 +175,24 @@ def evaluate(
     }
     write_json(out / "metrics.json", result)
     (out / "table.md").write_text(table(result) + "\n", encoding="utf-8")
+    if record:
+        _record(lora, result, lora_scale)
     return result
+
+
+def _record(lora: Path, result: Mapping[str, Any], strength: float) -> None:
+    """Write the headline numbers into the LoRA's metadata; a folder that cannot be written to is no failure."""
+    from spatialalign.lora_record import record_scores
+
+    scores = {"prompts": result["prompts"], "seeds": result["seeds"], "strength": strength}
+    scores |= {arm: plain(result[arm]) for arm in ("base", "aligned")}
+    try:
+        files = record_scores(lora, scores)
+    except OSError as error:
+        logger.warning("the scores could not be written into the metadata of %s: %s", lora, error)
+        return
+    if files:
+        print(f"scores written into the metadata of {', '.join(map(str, files))}", flush=True)
 
 
 def fill(
@@ -324,7 +349,17 @@ def run(args: Evaluate) -> dict[str, Any]:
         )
     assert args.lora is not None, "without arms there is a LoRA"
     result = evaluate(
-        backbone, tracker, prompts, seeds, args.lora, args.out, settings, args.batch, args.lora_scale, args.swapped
+        backbone,
+        tracker,
+        prompts,
+        seeds,
+        args.lora,
+        args.out,
+        settings,
+        args.batch,
+        args.lora_scale,
+        args.swapped,
+        record=args.record,
     )
     print(f"{table(result)}\n{args.out / 'metrics.json'}")
     return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -214,8 +213,10 @@ def _write(
 
 
 def lora_model_name(model: str, lora: Path, scale: float) -> str:
-    """Name of a base model with a LoRA on it: changes with the file's content and the strength."""
-    return f"{model}+lora:{hashlib.sha256(lora.read_bytes()).hexdigest()[:12]}@{scale:g}"
+    """Name of a base model with a LoRA on it: changes with the file's tensors, not its metadata, and the strength."""
+    from spatialalign.lora_record import tensors_digest
+
+    return f"{model}+lora:{tensors_digest(lora)[:12]}@{scale:g}"
 
 
 def put_lora(backbone: Backbone, lora: Path, scale: float) -> str:

@@ -90,7 +90,7 @@ def pair_gradients(
     winner: Side,
     loser: Side,
     loss: Loss,
-    batch_pairs: int,
+    batch_pairs: float,
     passes: Passes,
     reference: Pair | None = None,
 ) -> PairLoss:
@@ -101,7 +101,7 @@ def pair_gradients(
         winner: the winners of the pairs.
         loser: the losers.
         loss: of the predictions.
-        batch_pairs: pairs of the optimiser step, of which these b are a part.
+        batch_pairs: pairs of the optimiser step, of which these b are a part; infinity to add nothing.
         passes: see :data:`Passes`.
         reference: the base model's velocities when they are known; None to compute them.
 
@@ -118,7 +118,7 @@ def pair_gradients(
 
 
 def _one_sample_at_a_time(
-    backbone: Backbone, winner: Side, loser: Side, reference: Pair, loss: Loss, batch_pairs: int
+    backbone: Backbone, winner: Side, loser: Side, reference: Pair, loss: Loss, batch_pairs: float
 ) -> PairLoss:
     """The chain rule in two parts, with ``v_w``, ``v_l`` the model's velocities and L the loss.
 

@@ -1,8 +1,9 @@
 """Bring the official training data into a sample store: ``python -m training.import_official``.
 
-Methods 1.3: ``train_metadata.csv`` has a row per prompt with ``prompt_id`` and ``reward``, a Python list of one score
-per clip (-100 where a clip is INVALID); beside it lies one ``<name>.tensors.pth`` per prompt with ``prompt_id``,
-``latents_data (N, c, f, h, w)`` and ``prompt_emb["context"] (1, 512, d)``. The clips become the seeds 0 to N-1.
+The form is the one that the published ``train.py`` reads and ``calc_dsr_score.py`` writes. ``train_metadata.csv`` has a
+row per prompt with ``prompt_id`` and ``reward``, a Python list of one score per clip (-100 where a clip is INVALID);
+``tensors/<prompt_id>.tensors.pth`` holds ``prompt_id``, ``latents_data (N, c, f, h, w)`` and
+``prompt_emb["context"] (1, 512, d)``. Reward k is that of latents k; the clips become the seeds 0 to N-1.
 """
 
 from __future__ import annotations
@@ -46,11 +47,13 @@ class ImportOfficial:
     """
 
     data: Path
-    """Folder that holds the *.tensors.pth files, in itself or in folders below."""
+    """Folder with train_metadata.csv and the folder tensors, as the published run_train.sh has it."""
     store: Path
     """Sample store; made when missing."""
     metadata: Path | None = None
     """The CSV file; null for train_metadata.csv in the data folder."""
+    tensors: Path | None = None
+    """Folder of the files <prompt_id>.tensors.pth; null for tensors in the data folder."""
     prompts: Path | None = None
     """CSV file with the official columns for the prompts' sentences, where the metadata has no column prompt."""
     model: str = OFFICIAL_MODEL
@@ -79,40 +82,59 @@ class Origin:
 def import_official(
     store: Store,
     rows: Sequence[Mapping[str, str]],
-    files: Mapping[str, Path],
+    tensors: Path,
     sentences: Mapping[str, Prompt],
     origin: Origin,
 ) -> StageSummary:
-    """Import every row; one that cannot be used becomes a failure with its reason.
+    """Import every row that has a tensor file; one that cannot be used becomes a failure with its reason.
 
     Args:
         store: to fill.
         rows: of the metadata, by column.
-        files: tensor files by name without suffix.
+        tensors: folder of the tensor files.
         sentences: prompts by id, for rows without a sentence.
         origin: of the clips.
 
     Raises:
-        DataError: no row could be used.
+        DataError: no row has a file, or none could be used.
     """
     from tqdm import tqdm
 
+    rows = _with_file(rows, tensors)
     log, summary = stage_log(store.root, "import_official"), StageSummary("import_official")
     log.write({"event": "start", "rows": len(rows), "model": origin.model, "space": origin.space})
-    for number, values in enumerate(tqdm(rows, desc="import", unit="prompt", disable=None), start=2):
-        name = values.get("prompt_id") or f"row {number}"
+    for values in tqdm(rows, desc="import", unit="prompt", disable=None):
         try:
-            _import_row(store, _parse_row(values, files, sentences), origin, summary, log)
+            _import_row(store, _parse_row(values, tensors, sentences), origin, summary, log)
         except (SpatialAlignError, OSError) as error:
-            summary.fail(name, str(error), log)
+            summary.fail(values["prompt_id"], str(error), log)
     log.write({"event": "end", **summary.to_dict()})
     if summary.failed and not summary.done and not summary.skipped:
         raise DataError(f"none of {len(rows)} prompts could be imported; the first: {summary.failed[0][1]}")
     return summary
 
 
+def _with_file(rows: Sequence[Mapping[str, str]], tensors: Path) -> list[Mapping[str, str]]:
+    """The rows that have a tensor file; ``train.py`` leaves out the others, too."""
+    found = [row for row in rows if _file(tensors, row["prompt_id"]).is_file()]
+    if not found:
+        raise DataError(
+            f"{tensors} holds the file of none of the {len(rows)} prompts, such as {rows[0]['prompt_id']}{SUFFIX}; "
+            "name their folder with --tensors"
+        )
+    if len(found) < len(rows):
+        logger.warning(
+            "%d of %d prompts have no file in %s and are left out", len(rows) - len(found), len(rows), tensors
+        )
+    return found
+
+
+def _file(tensors: Path, prompt_id: str) -> Path:
+    return tensors / f"{prompt_id}{SUFFIX}"
+
+
 def read_metadata(path: Path) -> list[dict[str, str]]:
-    """The rows of the metadata; raises :class:`DataError` naming file and column when it is no such table."""
+    """The rows of the metadata, the first of each id; raises :class:`DataError` when it is no such table."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as handle:
             rows = list(csv.DictReader(handle))
@@ -123,53 +145,38 @@ def read_metadata(path: Path) -> list[dict[str, str]]:
     missing = [name for name in ("prompt_id", "reward") if not rows or name not in rows[0]]
     if missing:
         raise DataError(f"{path} needs rows with the column {missing[0]!r}; found {list(rows[0]) if rows else 'none'}")
-    return [{key: value or "" for key, value in row.items() if key is not None} for row in rows]
-
-
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """The tensor files below a folder, by name without suffix; raises :class:`DataError` when there are none."""
-    found: dict[str, Path] = {}
-    for path in sorted(folder.rglob(f"*{SUFFIX}")):
-        name = _plain(path.name)
-        if name in found:
-            raise DataError(f"{found[name]} and {path} have one name, so that their prompt is not certain; remove one")
-        found[name] = path
-    if not found:
-        raise DataError(f"{folder} holds no *{SUFFIX}; name the folder of the official training data")
-    return found
-
-
-def _plain(name: str) -> str:
-    """A file name without folder, the tensors' suffix, and the video's, as far as it has them."""
-    return name.replace("\\", "/").rsplit("/", 1)[-1].removesuffix(SUFFIX).removesuffix(".mp4")
+    by_id: dict[str, dict[str, str]] = {}
+    for row in rows:
+        values = {key: value or "" for key, value in row.items() if key is not None}
+        by_id.setdefault(values["prompt_id"], values)
+    return list(by_id.values())
 
 
 def parse_rewards(text: str) -> tuple[float | None, ...]:
-    """``"[0.9, -100, 0.25]"`` as numbers in [0, 1], None for INVALID; raises :class:`DataError` for anything else."""
+    """``"[0.9, -100, 0.25]"`` as scores in [0, 1], None for INVALID; raises :class:`DataError` for anything else.
+
+    ``train.py`` takes a number from 0.7 for a winner, from -1 for a loser, below that for INVALID. A number that no
+    DSR-Score can be, above 1 or from -1 to 0, becomes 1 or 0, which keeps it what it is there.
+    """
     try:
         values = ast.literal_eval(text)
+        if not isinstance(values, list):
+            raise TypeError("no list")
         numbers = [float(value) for value in values]
     except (ValueError, SyntaxError, TypeError, RecursionError) as error:
         raise DataError(f"reward must be a list of numbers such as [0.9, -100, 0.25], found {text[:80]!r}") from error
-    if wrong := [value for value in numbers if not (value == -100 or 0 <= value <= 1)]:
-        raise DataError(f"reward holds {wrong[0]}; a DSR-Score is in [0, 1], or -100 for an INVALID clip")
-    return tuple(None if value == -100 else value for value in numbers)
+    return tuple(None if value < -1 else min(max(value, 0.0), 1.0) for value in numbers)
 
 
-def _parse_row(values: Mapping[str, str], files: Mapping[str, Path], sentences: Mapping[str, Prompt]) -> Row:
+def _parse_row(values: Mapping[str, str], tensors: Path, sentences: Mapping[str, Prompt]) -> Row:
     prompt_id = values["prompt_id"]
-    sentence = values.get("prompt") or values.get("text")
-    if sentence:
+    if sentence := values.get("prompt"):
         prompt = Prompt.parse(prompt_id, sentence)
     elif prompt_id in sentences:
         prompt = sentences[prompt_id]
     else:
         raise PromptError("its sentence is not known: the metadata have no column prompt; name a file with --prompts")
-    names = [_plain(values.get("file_name", "")), prompt_id]
-    file = next((files[name] for name in names if name in files), None)
-    if file is None:
-        raise DataError(f"there is no file {prompt_id}{SUFFIX} in the data folder")
-    return Row(prompt, parse_rewards(values["reward"]), file)
+    return Row(prompt, parse_rewards(values["reward"]), _file(tensors, prompt_id))
 
 
 def _import_row(store: Store, row: Row, origin: Origin, summary: StageSummary, log: JsonlLog) -> None:
@@ -180,12 +187,13 @@ def _import_row(store: Store, row: Row, origin: Origin, summary: StageSummary, l
         summary.skipped += len(samples)
         return
     latents, context = read_tensors(row.file, row.prompt.prompt_id, len(samples))
+    samples, rewards = samples[: len(latents)], row.rewards[: len(latents)]
     store.add_prompt(row.prompt, {"model": origin.model, "source": SOURCE})
     if not store.has_text(row.prompt.prompt_id):
         store.write_text(row.prompt.prompt_id, context, origin.model)
     header = _header(origin, tuple(latents.shape[1:]))
     store.check_same_settings(samples, header)
-    for sample, clip, reward in zip(samples, latents, row.rewards, strict=True):
+    for sample, clip, reward in zip(samples, latents, rewards, strict=True):
         if sample.latents.is_file() and _same_score(sample, reward, row):
             summary.skipped += 1
         elif not clip.isfinite().all():
@@ -205,11 +213,11 @@ def _same_score(sample: Sample, reward: float | None, row: Row) -> bool:
     return found.score == reward and found.type_code == row.prompt.dsr.type_code
 
 
-def read_tensors(path: Path, prompt_id: str, clips: int) -> tuple[Tensor, Tensor]:
+def read_tensors(path: Path, prompt_id: str, rewards: int) -> tuple[Tensor, Tensor]:
     """Read one official tensor file, never running code in it.
 
     Returns:
-        Latents ``(clips, c, f, h, w)`` and the text embedding ``(n, d)``, its zero padding taken off.
+        Latents ``(N, c, f, h, w)``, N at most ``rewards``; the text embedding ``(n, d)``, its zero padding taken off.
 
     Raises:
         DataError: it holds code, is damaged, is another prompt's, or its shapes are not those expected.
@@ -229,12 +237,12 @@ def read_tensors(path: Path, prompt_id: str, clips: int) -> tuple[Tensor, Tensor
         raise DataError(f"{path} lacks {error}; expected prompt_id, latents_data and prompt_emb['context']") from error
     if str(found) != prompt_id:
         raise DataError(f"{path} is of the prompt {found!r}, the metadata says {prompt_id!r}")
-    _expect(path, "latents_data", latents, 5, f"({clips}, c, f, h, w): one clip for each of {clips} rewards")
-    if len(latents) != clips:
-        raise DataError(
-            f"{path} holds {len(latents)} clips and the metadata {clips} rewards; which belongs to which is not known"
-        )
+    _expect(path, "latents_data", latents, 5, "(clips, c, f, h, w)")
+    if len(latents) > rewards:
+        raise DataError(f"{path} holds {len(latents)} clips and the metadata {rewards} rewards; one for each is needed")
     _expect(path, "prompt_emb['context']", context, 3, "(1, tokens, width)")
+    if len(context) != 1:
+        raise DataError(f"{path} holds {len(context)} text embeddings; expected the one of its prompt")
     if latents.float().std() > LARGEST_DEVIATION:
         logger.warning("%s: the latents deviate by %.1f; are they normalised?", path, latents.float().std())
     return latents, _trimmed(path, context[0])
@@ -294,12 +302,12 @@ def run(args: ImportOfficial) -> StageSummary:
     """Read the metadata and import."""
     from spatialalign.backbones.latent_space import LatentSpace
 
-    rows, files = read_metadata(args.metadata or args.data / "train_metadata.csv"), tensor_files(args.data)
+    rows = read_metadata(args.metadata or args.data / "train_metadata.csv")
     sentences = {} if args.prompts is None else {prompt.prompt_id: prompt for prompt in read_csv(args.prompts)}
     store = Store(args.store, create=True)
     with exclusive(store.root / ".lock-import", f"the store {store.root}"):
         origin = Origin(args.model, args.latent_space or LatentSpace().name)
-        summary = import_official(store, rows, files, sentences, origin)
+        summary = import_official(store, rows, args.tensors or args.data / "tensors", sentences, origin)
     print(f"{summary.text()}\n{store.root}")
     return summary
 

@@ -1,4 +1,4 @@
-"""Convert, inspect, merge and compare LoRA files of Wan models: ``python -m training.lora <command>``."""
+"""Convert, inspect, merge and compare LoRA files of Wan and LTX-Video models: ``python -m training.lora <command>``."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spatialalign.errors import ConfigError, LoraError
-from spatialalign.lora import WIDTHS, LoraPair, parse_lora, read_lora, training_notes, write_pairs
-from spatialalign.lora_report import layers
-from spatialalign.wan_modules import wan_linears
+from spatialalign.lora import LoraPair, parse_lora, read_lora, training_notes, write_pairs
+from spatialalign.lora_architecture import guess_base
+from spatialalign.lora_report import layers, scores_in_words
+from spatialalign.module_names import linears
 from training.cli import subcommands
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Convert:
     base_model: str | None = None
     """The model it was trained on, for the files' metadata; null for what the file says itself."""
     partial: bool = False
-    """Convert although some keys of the file fit no linear of a Wan model, and leave these out."""
+    """Convert although some keys of the file fit no linear of such a model, and leave these out."""
     replace: bool = False
     """Overwrite files that are there."""
 
@@ -53,7 +54,8 @@ class Merge:
     """Add a LoRA to the weights of a base model and write the sum as a new folder, whole or not at all."""
 
     base: Path
-    """Folder of a diffusers WanTransformer3DModel (config.json and safetensors); it is not changed."""
+    """Folder of a diffusers WanTransformer3DModel or LTXVideoTransformer3DModel (config.json and safetensors); it is
+    not changed."""
     lora: Path
     """LoRA file of any dialect."""
     out: Path
@@ -80,7 +82,7 @@ class Adapter:
 
     Attributes:
         pairs: by diffusers module name.
-        unmatched: keys that name no linear of a Wan model.
+        unmatched: keys that name no linear of a Wan or LTX-Video model.
         dialect: how its keys are written.
         metadata: of the file.
     """
@@ -92,14 +94,14 @@ class Adapter:
 
 
 def read_adapter(path: Path) -> Adapter:
-    """Read a LoRA of any dialect; raises :class:`LoraError` when nothing in it belongs to a Wan model."""
+    """Read a LoRA of any dialect; raises :class:`LoraError` when nothing in it is for Wan or LTX-Video."""
     tensors, metadata = read_lora(path)
     blocks = [int(found[1]) for key in tensors if (found := re.search(r"blocks[._](\d+)[._]", key))]
-    pairs, unmatched = parse_lora(tensors, wan_linears(max(blocks, default=-1) + 1))
+    pairs, unmatched = parse_lora(tensors, linears(max(blocks, default=-1) + 1))
     if not pairs:
         raise LoraError(
-            f"none of the {len(tensors)} keys in {path} names a linear of a Wan model (e.g. "
-            f"{next(iter(tensors), 'nothing at all')}); is it a LoRA for Wan's transformer?"
+            f"none of the {len(tensors)} keys in {path} names a linear of a Wan or LTX-Video model "
+            f"(e.g. {next(iter(tensors), 'nothing at all')}); is it a LoRA for such a transformer?"
         )
     return Adapter(pairs, tuple(unmatched), dialect_of(key for key in tensors if key not in set(unmatched)), metadata)
 
@@ -122,17 +124,12 @@ def _dialect_of_key(key: str) -> str:
             "pipe.dit.": "DiffSynth",
         }
         tool = next((name for start, name in tools.items() if key.startswith(start)), "no prefix")
-    diffusers = re.search(r"attn[12][._]|condition_embedder|ffn[._]net", key) is not None
+    if re.search(r"transformer_blocks[._]|caption_projection[._]", key):
+        names = "LTX-Video"
+    else:
+        names = "diffusers" if re.search(r"attn[12][._]|condition_embedder|ffn[._]net", key) else "original"
     matrices = "lora_A/lora_B" if re.search(r"lora_[AB]", key) else "lora_down/lora_up"
-    return f"{tool}, {'diffusers' if diffusers else 'original'} module names, {matrices}"
-
-
-def guess_base(pairs: Mapping[str, LoraPair]) -> str | None:
-    """The Wan model whose width most adapted linears have; None where no known width occurs."""
-    sides = Counter(
-        WIDTHS[side] for pair in pairs.values() for side in (pair.up.shape[0], pair.down.shape[1]) if side in WIDTHS
-    )
-    return sides.most_common(1)[0][0] if sides else None
+    return f"{tool}, {names} module names, {matrices}"
 
 
 def convert(args: Convert) -> tuple[Path, Path]:
@@ -140,8 +137,8 @@ def convert(args: Convert) -> tuple[Path, Path]:
     found = read_adapter(args.lora)
     if found.unmatched and not args.partial:
         raise LoraError(
-            f"{len(found.unmatched)} keys of {args.lora} fit no linear of a Wan model (e.g. {found.unmatched[0]}); "
-            "set --partial true to leave them out"
+            f"{len(found.unmatched)} keys of {args.lora} fit no linear of a Wan or LTX-Video model (e.g. "
+            f"{found.unmatched[0]}); set --partial true to leave them out"
         )
     comfy, diffusers = (args.out / f"{args.lora.stem}_{name}.safetensors" for name in ("comfyui", "diffusers"))
     for path in (comfy, diffusers):
@@ -162,6 +159,8 @@ def _described(found: Adapter, args: Convert) -> tuple[dict[str, Any], dict[str,
     notes |= {"alpha": notes["rank"], "dialect": found.dialect}  # alpha is folded into B
     notes |= {"base_model": base} if base else {}
     notes |= {"step": int(step[1])} if step and "step" not in notes else {}
+    if found.unmatched:  # the scores are those of the whole
+        notes.pop("scores", None)
     headers = {key: value for key, value in found.metadata.items() if key not in _OWN_HEADERS}
     headers.setdefault("modelspec.title", args.lora.stem)
     headers.setdefault("modelspec.description", f"Converted from {args.lora.name}")
@@ -213,6 +212,8 @@ def _in_words(path: Path, facts: Mapping[str, Any], norms: Mapping[str, float]) 
         lines.append(f"largest update {norms[facts['largest']]:.4g} in {facts['largest']}")
     if facts["zero"]:
         lines.append(f"{facts['zero']} updates are zero")
+    if scores := scores_in_words(facts["notes"]):
+        lines.append(f"scores, base → aligned: {scores}")
     for title in ("notes", "metadata"):
         lines += [f"{title}: {key} = {str(value)[:200]}" for key, value in sorted(facts[title].items())]
     if facts["not_finite"]:
@@ -221,7 +222,8 @@ def _in_words(path: Path, facts: Mapping[str, Any], norms: Mapping[str, float]) 
         )
     if facts["unmatched"]:
         lines.append(
-            f"WARNING: {len(facts['unmatched'])} keys fit no linear of a Wan model, e.g. {facts['unmatched'][0]}"
+            f"WARNING: {len(facts['unmatched'])} keys fit no linear of a Wan or LTX-Video model, e.g. "
+            f"{facts['unmatched'][0]}"
         )
     return "\n".join(lines)
 

@@ -75,7 +75,10 @@ def remedies(settings: TrainSettings) -> list[str]:
             "--passes one-sample (one clip's graph at a time, for one more forward pass)",
         ),
         (not settings.offload_inputs, "--offload_inputs true (keeps the inputs of the blocks in host memory)"),
-        (settings.base_dtype == "model", "--base_dtype fp8 (stores the frozen base in 8 bits)"),
+        (
+            settings.base_dtype == "model" and not settings.shard,
+            "--base_dtype fp8 (stores the frozen base in 8 bits)",
+        ),
         (settings.targets == "all-linear", "--targets spatialalign (a LoRA on fewer linears)"),
         (True, "clips of fewer frames or pixels (training.generate --frames, --height, --width)"),
     ]

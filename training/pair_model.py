@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from training.gradients import Loss, Pair, Side, evaluate_pairs, pair_gradients,
 from training.losses import PairLoss, Predictions, pair_loss
 from training.memory import passes_on
 from training.pairs import PreferencePair
+from training.processes import ALONE, Processes
 from training.reference_cache import ReferenceCache, reference_identity
 
 if TYPE_CHECKING:
@@ -27,19 +29,43 @@ class PairModel:
     """The model with its adapter, its reference, and the clips it learns from."""
 
     def __init__(
-        self, backbone: Backbone, clips: Clips, settings: TrainSettings, weighting: Weighting | None, references: Path
+        self,
+        backbone: Backbone,
+        clips: Clips,
+        settings: TrainSettings,
+        weighting: Weighting | None,
+        references: Path,
+        meeting: Processes = ALONE,
+        prompt: str = "",
     ) -> None:
-        """``backbone`` carries the adapter already; ``references`` is the folder of kept reference predictions."""
+        """Take a backbone that carries the adapter already.
+
+        Args:
+            backbone: that model.
+            clips: of the training.
+            settings: see :class:`TrainSettings`.
+            weighting: of pairs and clips, where the settings ask for it.
+            references: folder of kept reference predictions.
+            meeting: the processes that must all take part in a pass, where the base is sharded over them.
+            prompt: any prompt, whose text they pass where they have no pairs.
+        """
         self._backbone, self._clips, self._settings, self._weighting = backbone, clips, settings, weighting
         self._passes = passes_on(settings, backbone.device)
         self._watched: dict[Hashable, Pair] = {}
+        self._meeting = meeting
+        if meeting.size > 1:
+            nothing, level = torch.zeros(1, *clips.shape), torch.tensor([sum(backbone.sigma_range) / 2])
+            self._stand_in = Side.of(nothing, nothing, level, level, [clips.text(prompt)], backbone.device)
         self._cache: ReferenceCache | None = None
         if settings.reference_cache != "off":
             identity = reference_identity(backbone.transformer, backbone.model_id, settings)
             self._cache = ReferenceCache(references, identity, settings.reference_cache)
 
     def gradients(self, pairs: Sequence[PreferencePair], indices: Sequence[int], beta: float) -> PairLoss:
-        """Add the gradient of pairs of the training stream, over ``batch_pairs``, and return their losses."""
+        """Add the gradient of pairs of the training stream, over ``batch_pairs``, and return their losses.
+
+        Without any pairs, take part in the passes of the other processes, and add nothing.
+        """
         draws, names = self._draws(pairs, indices)
         winner, loser = self._sides(pairs, draws)
         reference = None
@@ -49,13 +75,16 @@ class PairModel:
                 self._cache.predictions(self._backbone, won, names, winner),
                 self._cache.predictions(self._backbone, lost, names, loser),
             )
-        loss, settings = self._loss(pairs, draws, beta), self._settings
-        return pair_gradients(self._backbone, winner, loser, loss, settings.batch_pairs, self._passes, reference)
+        loss, batch_pairs = self._loss(pairs, draws, beta), self._settings.batch_pairs if pairs else math.inf
+        return pair_gradients(self._backbone, winner, loser, loss, batch_pairs, self._passes, reference)
 
     def evaluate(self, pairs: Sequence[PreferencePair], draws: Sequence[Draw], beta: float, name: Hashable) -> PairLoss:
-        """Losses of watched pairs without gradient; the reference's predictions are kept in memory under ``name``."""
+        """Losses of watched pairs without gradient; the reference's predictions are kept in memory under ``name``.
+
+        Without any pairs, take part in the passes of the other processes.
+        """
         winner, loser = self._sides(pairs, draws)
-        if name not in self._watched:
+        if self._meeting.any(name not in self._watched):
             found = reference_predictions(self._backbone, winner, loser, self._passes)
             self._watched[name] = (found[0].cpu(), found[1].cpu())
         device = self._backbone.device
@@ -73,6 +102,8 @@ class PairModel:
         return draws, [f"fixed-{number}" for number in numbers]
 
     def _sides(self, pairs: Sequence[PreferencePair], draws: Sequence[Draw]) -> tuple[Side, Side]:
+        if not pairs:
+            return self._stand_in, self._stand_in
         clips, device = self._clips, self._backbone.device
         sigma, told = (torch.tensor(levels) for levels in ([d.sigma for d in draws], [d.told for d in draws]))
         text = [clips.text(pair.prompt_id) for pair in pairs]

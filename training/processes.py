@@ -58,6 +58,11 @@ class Processes:
         """Every ``size``-th item from this process's number on, so that all items are taken once."""
         return items[self.rank :: self.size]
 
+    def turns(self, items: Sequence[T]) -> list[T | None]:
+        """The share, with None at its end where other processes have one item more: as many turns for each."""
+        share, turns = self.share(items), -(-len(items) // self.size)
+        return [*share, *[None] * (turns - len(share))]
+
     def gather(self, value: T) -> list[T]:
         """The values of all processes, by rank."""
         if self.size == 1:
@@ -86,10 +91,10 @@ class Processes:
     @contextmanager
     def together(self) -> Iterator[None]:
         """Make an error that a user can act on, raised inside the block by one process, an error of all of them."""
-        error: SpatialAlignError | None = None
+        error: Exception | None = None
         try:
             yield
-        except SpatialAlignError as raised:
+        except (SpatialAlignError, OSError) as raised:
             error = raised
         messages = self.gather(None if error is None else str(error))
         if error is not None:
@@ -154,11 +159,12 @@ def launched_rank() -> int:
 
 
 @contextmanager
-def launched() -> Iterator[Processes]:
+def launched(backend: str = "gloo") -> Iterator[Processes]:
     """Meet the other processes that ``torchrun`` or ``accelerate launch`` started, as their environment says.
 
     Raises:
         ConfigError: the environment is incomplete, or the others cannot be reached.
+        DataError: one of them has ended.
     """
     size = _number("WORLD_SIZE", 1)
     if size == 1:
@@ -172,12 +178,19 @@ def launched() -> Iterator[Processes]:
     rank = launched_rank()
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=_PATIENCE))
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ConfigError(f"process {rank} of {size} cannot meet the others at {where}: {error}") from error
     try:
         yield Processes(rank, size, _number("LOCAL_RANK", rank))
+    except RuntimeError as error:
+        if "gloo" not in str(error):  # torch has no type of its own for a connection that broke
+            raise
+        raise DataError(
+            f"process {rank} of {size} lost another one, which says why if it could ({str(error).splitlines()[0]}); "
+            "the newest checkpoint is unharmed: run the same command again to continue"
+        ) from error
     finally:
         _part(store, rank, size)
         dist.destroy_process_group()

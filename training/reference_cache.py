@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from spatialalign.errors import ConfigError, DataError
 from spatialalign.files import atomic_path, read_json, write_json
 from training.gradients import Side, adapter_off
+from training.sharding import whole
 
 if TYPE_CHECKING:
     from spatialalign.backbones.base import Backbone
@@ -53,13 +54,16 @@ def reference_identity(transformer: nn.Module, model_id: str, settings: TrainSet
 
 
 def weights_digest(transformer: nn.Module) -> str:
-    """Sixteen hexadecimal digits that change with any weight of the base model; adapters do not count."""
+    """Sixteen hexadecimal digits that change with any weight of the base model; adapters do not count.
+
+    All processes must call this where the model is sharded over them.
+    """
     digest = hashlib.sha256()
     state = transformer.state_dict()
     plain = {name.replace(".base_layer", ""): tensor for name, tensor in state.items() if "lora_" not in name}
     for name in sorted(plain):
         digest.update(f"{name} {plain[name].dtype} {tuple(plain[name].shape)}".encode())
-        digest.update(_content(plain[name]))
+        digest.update(_content(whole(plain[name])))
     return digest.hexdigest()[:16]
 
 

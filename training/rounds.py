@@ -30,11 +30,14 @@ from training.cli import command, options_of
 from training.config import TrainSettings, describe_changes
 from training.evaluate import read_prompts, spread
 from training.presets import PRESETS, Preset
+from training.rounds_table import table
 from training.store import Store
 
 if TYPE_CHECKING:
     from spatialalign.backbones.base import Backbone, SampleSettings
     from spatialalign.tracking.tracker import Tracker
+
+logger = logging.getLogger(__name__)
 
 FIRST_HELD_OUT_SEED = 500_000
 """Seeds of the held-out clips start here, so that no training clip of any round shares their noise."""
@@ -48,7 +51,7 @@ class Rounds:
     """
 
     model: str
-    """Base model: a diffusers WanPipeline folder, a hub id, or "miniature"."""
+    """Base model: a diffusers folder (Wan 2.1, 2.2 or LTX-Video), a hub id, or "miniature"."""
     prompts: Path
     """CSV file of training prompts with the official columns."""
     out: Path
@@ -79,6 +82,10 @@ class Rounds:
     """auto, cpu, cuda, cuda:1, mps."""
     dtype: str = "auto"
     """auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16."""
+    expert: Literal["high", "low"] | None = None
+    """Expert of Wan 2.2 A14B that is trained and carries the LoRA: high (also null) or low; both sample."""
+    allow_changes: bool = False
+    """Continue although settings, model or prompts differ from those of the rounds and checkpoints that are there."""
     options: dict[str, Any] = options_of(TrainSettings)
 
     def __post_init__(self) -> None:
@@ -126,8 +133,10 @@ class Plan:
 
     def identity(self) -> dict[str, Any]:
         """What must be the same when a run is continued, as plain values."""
+        expert = {} if self.backbone.expert is None else {"expert": self.backbone.expert}
         return {
             **self.training.to_dict(),
+            **expert,
             "base_model": self.backbone.model_id,
             "prompts": _digest(self.prompts),
             "clips": self.clips,
@@ -151,8 +160,8 @@ class Plan:
         return None if number == 0 else self.folder(number) / "lora" / "lora_comfyui.safetensors"
 
 
-def run_rounds(plan: Plan, rounds: int) -> list[dict[str, Any]] | None:
-    """Run what is not there yet.
+def run_rounds(plan: Plan, rounds: int, allow_changes: bool = False) -> list[dict[str, Any]] | None:
+    """Run what is not there yet; ``allow_changes`` continues rounds and checkpoints of another plan with this one.
 
     Returns:
         The entries of rounds.json, or None when training was stopped by a signal.
@@ -161,29 +170,33 @@ def run_rounds(plan: Plan, rounds: int) -> list[dict[str, Any]] | None:
         ConfigError: the folder holds rounds of another plan.
         DataError: a round found no pairs; its number is named.
     """
-    entries = _entries(plan)
+    entries = _entries(plan, allow_changes)
     for number in range(len(entries) + 1, rounds + 1):
         print(f"\nround {number} of {rounds}", flush=True)
         pairs = plan.folder(number) / "store" / "pairs.json"
         if not pairs.is_file():
             _make_pairs(plan, number)
-        if not _train(plan, number, pairs):
+        if not _train(plan, number, pairs, allow_changes):
             return None
         entries.append(_entry(plan, number, pairs, _measure(plan, number)))
         _write(plan, entries)
     return entries
 
 
-def _entries(plan: Plan) -> list[dict[str, Any]]:
-    """The rounds finished before, in the folder of the same plan."""
+def _entries(plan: Plan, allow_changes: bool) -> list[dict[str, Any]]:
+    """The rounds finished before, in the folder of the same plan or, where changes are allowed, of another."""
     path = plan.out / "rounds.json"
     if not path.is_file():
         _write(plan, [])
     known = read_json(path)
-    if changes := describe_changes(known["plan"], plan.identity()):
+    changes = describe_changes(known["plan"], plan.identity())
+    if changes and not allow_changes:
         raise ConfigError(
-            f"{path} belongs to another run: {'; '.join(changes)}. Restore these, or choose another --out"
+            f"{path} belongs to another run: {'; '.join(changes)}. Restore these, choose another --out, or set "
+            "--allow_changes true"
         )
+    for change in changes:
+        logger.warning("continuing although %s", change)
     return list(known["rounds"])
 
 
@@ -196,15 +209,14 @@ def _write(plan: Plan, entries: Sequence[Mapping[str, Any]]) -> None:
 @contextmanager
 def _generator(plan: Plan, lora: Path | None) -> Iterator[str | None]:
     """The base model with a LoRA on it; yields its name in the files, None for the base model."""
-    from spatialalign.lora import load_lora, unload_lora
-    from training.generate import lora_model_name
+    from spatialalign.lora import unload_lora
+    from training.generate import put_lora
 
     if lora is None:
         yield None
         return
-    load_lora(plan.backbone.transformer, lora)
     try:
-        yield lora_model_name(plan.backbone.model_id, lora, 1.0)
+        yield put_lora(plan.backbone, lora, 1.0)
     finally:
         unload_lora(plan.backbone.transformer)
 
@@ -233,7 +245,7 @@ def _make_pairs(plan: Plan, number: int) -> None:
         raise DataError(f"round {number}: {error}") from error
 
 
-def _train(plan: Plan, number: int, pairs: Path) -> bool:
+def _train(plan: Plan, number: int, pairs: Path, allow_changes: bool) -> bool:
     """Train the round's LoRA on the base model; False when stopped by a signal."""
     from training.dpo import train
 
@@ -242,7 +254,7 @@ def _train(plan: Plan, number: int, pairs: Path) -> bool:
         return True
     settings = dataclasses.replace(plan.training, seed=plan.training.seed + number - 1)
     return train(
-        plan.backbone, Store(folder / "store"), pairs, folder / "lora", settings, tracker=plan.tracker
+        plan.backbone, Store(folder / "store"), pairs, folder / "lora", settings, allow_changes, tracker=plan.tracker
     ).finished
 
 
@@ -297,30 +309,6 @@ def _entry(plan: Plan, number: int, pairs: Path, held_out: Mapping[str, Any] | N
     }
 
 
-def table(entries: Sequence[Mapping[str, Any]]) -> str:
-    """Correct@0.7 after each round as a Markdown table: on the held-out prompts, and on the clips it was trained on."""
-    rows = [["model", "held-out Correct@0.7, %", "difference to base", "INVALID, %", "pairs it was trained on"]]
-    if entries and entries[0]["held_out"]:
-        first = entries[0]["held_out"]
-        rows.append(["base", _share(first["intervals"]["base"]), "", f"{100 * first['base']['invalid_rate']:.1f}", ""])
-    for entry in entries:
-        measured, pairs = entry["held_out"], str(entry["training_clips"]["pairs"])
-        cells = ["–", "–", "–"]
-        if measured:
-            invalid = f"{100 * measured['aligned']['invalid_rate']:.1f}"
-            cells = [_share(measured["intervals"]["aligned"]), _share(measured["difference"], "+.1f"), invalid]
-        rows.append([f"round {entry['round']}", *cells, pairs])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [f"| {' | '.join(text.ljust(width) for text, width in zip(row, widths, strict=True))} |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
-
-
-def _share(interval: Mapping[str, float], form: str = ".1f") -> str:
-    value, low, high = (format(100 * interval[key], form) for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
-
-
 def _digest(prompts: Sequence[Prompt]) -> str:
     """Sixteen hexadecimal digits of a set of prompts, in its order."""
     text = json.dumps([[prompt.prompt_id, prompt.text] for prompt in prompts])
@@ -361,7 +349,7 @@ def run(args: Rounds) -> list[dict[str, Any]] | None:
             args.threshold,
             args.batch,
         )
-        entries = run_rounds(plan, args.rounds)
+        entries = run_rounds(plan, args.rounds, args.allow_changes)
     if entries is None:
         print("stopped; run the same command again to continue", file=sys.stderr)
         return None
@@ -375,7 +363,7 @@ def load(args: Rounds) -> tuple[Backbone, Tracker, SampleSettings]:
     from spatialalign.backbones.loading import pick_device
     from spatialalign.tracking.load import load_tracker
 
-    backbone = load_backbone(args.model, args.device, args.dtype)
+    backbone = load_backbone(args.model, args.device, args.dtype, args.expert)
     sampling = backbone.default_settings()
     if args.sampling_steps is not None:
         sampling = dataclasses.replace(sampling, steps=args.sampling_steps)

@@ -6,10 +6,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from itertools import compress
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +19,14 @@ from training.config import TrainSettings
 from training.draws import draw
 from training.losses import PairLoss, averages
 from training.memory import advice_when_full, set_up, take_down
+from training.micro_batches import MicroBatches, Part, check_shares
 from training.monitors import JsonlLog, Scalars
 from training.pair_model import PairModel
 from training.pairs import PairStream, PreferencePair, PromptPairs
 from training.processes import ALONE, Processes
 from training.progress import Progress
 from training.samples import Clips
+from training.sharding import check_sharding, is_sharded
 from training.store import Store
 from training.weights import effective_sample_size
 
@@ -39,15 +38,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ADAPTER = "spatialalign"
-
-
-@dataclass(frozen=True)
-class Part:
-    """A micro-batch that was gone through: its first index in its stream, its usable pairs and their losses."""
-
-    start: int
-    pairs: list[PreferencePair]
-    losses: PairLoss
 
 
 class Trainer:
@@ -92,7 +82,10 @@ class Trainer:
             references: folder of the reference predictions that ``reference_cache`` keeps; None for one below ``out``.
             processes: that take part; all are given the same of everything else, but the trial, which the first needs.
         """
-        _check_shares(settings, processes)
+        check_shares(settings, processes)
+        check_sharding(settings, processes)
+        if settings.shard and not is_sharded(backbone.transformer):
+            raise ConfigError("shard (True) needs a model of training.sharding.load_sharded, found a whole one")
         if settings.sample_every and trial is None and processes.first:
             raise ConfigError(f"sample_every ({settings.sample_every}) needs a tracker to score the sampled clips")
         self.backbone, self.store, self.settings, self.out = backbone, store, settings, out
@@ -106,7 +99,16 @@ class Trainer:
         self.parameters = add_adapter(backbone, settings)
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)
         set_up(backbone, settings, self.clips.shape)
-        self.pair_model = PairModel(backbone, self.clips, settings, weighting, references or out / "reference")
+        self.pair_model = PairModel(
+            backbone,
+            self.clips,
+            settings,
+            weighting,
+            references or out / "reference",
+            processes if settings.shard else ALONE,
+            train[0].prompt_id,
+        )
+        self._micro_batches = MicroBatches(self.clips, settings, processes, settings.shard)
 
     @property
     def checkpoints(self) -> Path:
@@ -215,24 +217,17 @@ class Trainer:
         """
         if self._held_out is None:
             return None
-        settings, parts = self.settings, list[Part]()
-        starts = range(0, settings.held_out_pairs, settings.micro_pairs)
-        with self._together():
-            for start in self.processes.share(starts):
-                every = range(start, min(start + settings.micro_pairs, settings.held_out_pairs))
-                usable = self.clips.usable([self._held_out.pair(index) for index in every])
-                chosen = list(compress(every, usable))
-                if not chosen:
-                    continue
-                pairs = [self._held_out.pair(index) for index in chosen]
-                levels = [(2 * index + 1) * 500 // settings.held_out_pairs for index in chosen]
-                draws = [
-                    draw(settings, "held-out", index, self.clips.shape, level, self.backbone.sigma_range)
-                    for index, level in zip(chosen, levels, strict=True)
-                ]
-                losses = self.pair_model.evaluate(pairs, draws, settings.beta, tuple(chosen))
-                parts.append(Part(start, pairs, losses))
-        parts = self._all_parts(parts)
+        settings, stream = self.settings, self._held_out
+
+        def evaluate(pairs: list[PreferencePair], indices: list[int]) -> PairLoss:
+            levels = [(2 * index + 1) * 500 // settings.held_out_pairs for index in indices]
+            draws = [
+                draw(settings, "held-out", index, self.clips.shape, level, self.backbone.sigma_range)
+                for index, level in zip(indices, levels, strict=True)
+            ]
+            return self.pair_model.evaluate(pairs, draws, settings.beta, tuple(indices))
+
+        parts = self._micro_batches.run(stream, range(settings.held_out_pairs), evaluate)
         if not parts:
             raise DataError("none of the held-out pairs can be used; run training.mine again, or set held_out to 0")
         values = averages([part.losses for part in parts])
@@ -291,7 +286,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        parts = self._all_parts(self._gradients(beta))
+        parts = self._gradients(beta)
         losses, trained = [part.losses for part in parts], [pair for part in parts for pair in part.pairs]
         if trained:
             self.processes.add_gradients(self.parameters.values())
@@ -320,33 +315,13 @@ class Trainer:
         return row | {"seconds": round(time.perf_counter() - started, 4)}
 
     def _gradients(self, beta: float) -> list[Part]:
-        """Add the gradients of this process's share of the step's pairs."""
-        settings, parts = self.settings, list[Part]()
-        first = self.step * settings.batch_pairs
-        starts = range(first, first + settings.batch_pairs, settings.micro_pairs)
-        with self._together():
-            for start in self.processes.share(starts):
-                every = range(start, start + settings.micro_pairs)
-                indices = list(compress(every, self.clips.usable([self._train.pair(index) for index in every])))
-                if indices:
-                    pairs = [self._train.pair(index) for index in indices]
-                    parts.append(Part(start, pairs, self.pair_model.gradients(pairs, indices, beta)))
-        return parts
+        """Add the gradients of this process's share of the step's pairs; returns the parts of all processes."""
+        first = self.step * self.settings.batch_pairs
 
-    @contextmanager
-    def _together(self) -> Iterator[None]:
-        """A block that each process goes through with its share: none goes on where one of them fails."""
-        with self.processes.together(), advice_when_full(self.settings):
-            yield
+        def work(pairs: list[PreferencePair], indices: list[int]) -> PairLoss:
+            return self.pair_model.gradients(pairs, indices, beta)
 
-    def _all_parts(self, parts: list[Part]) -> list[Part]:
-        """The parts of all processes in the order of their stream; clips that others could not use count here too."""
-        if self.processes.size == 1:
-            return parts
-        sent = [Part(part.start, part.pairs, _on_host(part.losses)) for part in parts]
-        found = self.processes.gather((sent, self.clips.bad))
-        self.clips.leave_out({name: reason for _, bad in found for name, reason in bad.items()})
-        return sorted((part for share, _ in found for part in share), key=lambda part: part.start)
+        return self._micro_batches.run(self._train, range(first, first + self.settings.batch_pairs), work)
 
     def _skip_step(self, pairs: Sequence[PreferencePair], losses: Sequence[PairLoss], norm: float) -> None:
         """Forget a step whose loss or gradient is not finite; raises :class:`DataError` when it cannot go on like this.
@@ -372,28 +347,6 @@ class Trainer:
                 f"{what}; that is more than max_bad_steps ({self.settings.max_bad_steps}) steps in a row; {remedy}"
             )
         logger.warning("%s; the step is skipped", what)
-
-
-def _check_shares(settings: TrainSettings, processes: Processes) -> None:
-    """Every process must have something to do."""
-    shares = settings.batch_pairs // settings.micro_pairs
-    if processes.size > shares:
-        raise ConfigError(
-            f"{processes.size} processes cannot share batch_pairs ({settings.batch_pairs}) in micro-batches of "
-            f"micro_pairs ({settings.micro_pairs}); start at most {shares}, or lower micro_pairs"
-        )
-    if shares % processes.size and processes.first:
-        logger.warning(
-            "%d micro-batches a step over %d processes: some wait for the others; a number that divides %d wastes "
-            "nothing",
-            shares,
-            processes.size,
-            shares,
-        )
-
-
-def _on_host(losses: PairLoss) -> PairLoss:
-    return PairLoss(*(getattr(losses, field.name).cpu() for field in fields(losses)))
 
 
 def add_adapter(backbone: Backbone, settings: TrainSettings) -> dict[str, torch.nn.Parameter]:

@@ -109,7 +109,7 @@ class LtxBackbone:
             load_model(LTXVideoTransformer3DModel, folder, "transformer", precision),
             load_vae=lambda: load_model(AutoencoderKLLTXVideo, folder, "vae", torch.float32),
             load_text=lambda: load_text(T5EncoderModel, folder, precision),
-            space=load_part(folder, "vae", lambda: _read_space(Path(folder) / "vae", config)),
+            space=load_part(folder, "vae", lambda: read_space(Path(folder) / "vae", config)),
             compression=_compression(config),
             settings=settings,
             fps=fps,
@@ -316,7 +316,7 @@ def _compression(config: dict[str, Any]) -> tuple[int, int]:
     )
 
 
-def _read_space(folder: Path, config: dict[str, Any]) -> LatentSpace:
+def read_space(folder: Path, config: dict[str, Any]) -> LatentSpace:
     """The latent space of a VAE in ``folder``: its constants lie among the weights."""
     from safetensors import safe_open
 

@@ -133,6 +133,11 @@ def test_the_official_checkpoint_file_loads_without_running_code(
     load_lora(model, tmp_path / "step=02400.lora_only.ckpt")
     torch.testing.assert_close(velocity(model), merged(pairs), atol=1e-5, rtol=1e-5)
 
+    # the checkpoint that train.py itself leaves: the same beside the state of the whole, which holds the base too
+    whole = {"pipe.dit.blocks.0.cross_attn.k.base_layer.weight": torch.zeros(12, 12)}
+    torch.save({"state_dict": whole, "epoch": 3, **dialect(pairs, "official lora_only")}, tmp_path / "step=02400.ckpt")
+    assert read_lora(tmp_path / "step=02400.ckpt")[0].keys() == dialect(pairs, "official lora_only").keys()
+
     torch.save({"x": Path("/")}, tmp_path / "code.ckpt")
     with pytest.raises(LoraError, match="never run"):
         read_lora(tmp_path / "code.ckpt")
@@ -218,7 +223,9 @@ def test_a_file_that_fits_nothing_is_refused(model: WanTransformer3DModel, tmp_p
     sizes = {"blocks.0.cross_attn.k": (12, 12)}
     with pytest.raises(LoraError, match=r"the model has blocks\.0\.cross_attn\.k\)"):
         fit_lora(tmp_path / "other.safetensors", sizes)
-    with pytest.raises(LoraError, match=r"none of Wan's layers \(it has double_blocks\.0\.img_attn\.qkv\)"):
+    with pytest.raises(
+        LoraError, match=r"none of Wan's layers and none of LTX-Video's \(it has double_blocks\.0\.img_attn\.qkv\)"
+    ):
         fit_lora(tmp_path / "other.safetensors", {"double_blocks.0.img_attn.qkv": (4, 4)})
 
 

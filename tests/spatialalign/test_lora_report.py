@@ -8,11 +8,20 @@ import pytest
 import torch
 
 from spatialalign.lora import Fitted, LoraPair
-from spatialalign.lora_report import base_model, describe, differing, layers, warnings
+from spatialalign.lora_report import base_model, describe, differing, layers, scores_in_words, warnings
 
 PAIR = LoraPair(torch.zeros(4, 12), torch.zeros(12, 4))
 TEXT = "condition_embedder.text_embedder.linear_1"
 CROSS = [f"blocks.{block}.attn2.to_{part}" for block in range(30) for part in "vk"]
+
+
+SCORES = {
+    "prompts": 96,
+    "seeds": [1000, 1001, 1002],
+    "strength": 1.0,
+    "base": {"correct_at_0.7": 0.333, "invalid_rate": 0.125, "mean_score": None},
+    "aligned": {"correct_at_0.7": 0.778, "invalid_rate": 0.09, "mean_score": 0.812},
+}
 
 
 def fitted(modules: list[str], unmatched: tuple[str, ...] = (), **notes: object) -> Fitted:
@@ -28,6 +37,17 @@ def fitted(modules: list[str], unmatched: tuple[str, ...] = (), **notes: object)
         (["blocks.0.ffn.net.0.proj", "blocks.1.ffn.net.2"], "feed-forward in 2 blocks"),
         (["blocks.0.attn2.add_k_proj", "proj_out"], "cross-attention k_img in 1 block; head"),
         (["condition_embedder.time_proj"], "time embedding"),
+        (
+            [
+                "caption_projection.linear_1",
+                *(f"transformer_blocks.{block}.attn2.to_{part}" for block in (0, 11) for part in "kv"),
+            ],
+            "cross-attention k, v in 2 blocks; text embedding",
+        ),
+        (
+            ["transformer_blocks.3.attn1.to_out.0", "transformer_blocks.3.ff.net.0.proj"],
+            "self-attention out in 1 block; feed-forward in 1 block",
+        ),
     ],
 )
 def test_layers_are_named_by_kind(modules: list[str], words: str) -> None:
@@ -36,15 +56,24 @@ def test_layers_are_named_by_kind(modules: list[str], words: str) -> None:
 
 def test_the_report_says_what_the_file_states() -> None:
     notes = {"method": "SpatialAlign dpo+zo", "base_model": "miniature", "step": 200, "beta": 50.0, "pairs": 12}
-    notes |= {"scores": {"before": 0.4, "after": 0.7}}
+    notes |= {"scores": SCORES}
     text = describe(fitted([TEXT, *CROSS], **notes), 0.5)
     assert text.splitlines() == [
         "Matched 61 of 61 pairs, rank 4: cross-attention k, v in 30 blocks; text embedding",
         "For the base model miniature",
         "Trained with SpatialAlign dpo+zo, 200 steps, 12 pairs, beta 50.0",
-        "Scores: before 0.4, after 0.7",
+        "Scores, base → aligned: Correct@0.7 33.3% → 77.8%, INVALID 12.5% → 9.0%, mean score – → 0.812 (96 prompts, 3 "
+        "clips each)",
         "Strength 0.5",
     ]
+
+
+def test_scores_of_another_strength_or_form() -> None:
+    assert scores_in_words({"scores": {**SCORES, "strength": 0.5}}).endswith(
+        "0.812 at strength 0.5 (96 prompts, 3 clips each)"
+    )
+    for odd in ({}, {"scores": None}, {"scores": {"before": 0.4}}, {"scores": {**SCORES, "base": 0.3}}):
+        assert scores_in_words(odd) == ""
 
 
 def test_a_strangers_file_is_said_to_say_little() -> None:

@@ -94,10 +94,26 @@ def test_dying_while_saving_keeps_the_checkpoint_before(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, moment, die)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(DataError, match="step-000002 cannot be written .disk full.*make room"):
             save_checkpoint(tmp_path, 2, parameters, optimizer, IDENTITY, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
     assert latest_checkpoint(tmp_path) is not None
+
+
+def test_a_file_that_cannot_grow_keeps_the_checkpoint_before(tmp_path: Path) -> None:
+    """What safetensors says is an error of its own kind."""
+    resource = pytest.importorskip("resource")
+    parameters, optimizer = problem()
+    advance(parameters, optimizer, 1)
+    save_checkpoint(tmp_path, 1, parameters, optimizer, IDENTITY)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(DataError, match="step-000002 cannot be written .*make room"):
+            save_checkpoint(tmp_path, 2, parameters, optimizer, IDENTITY, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+from spatialalign.errors import ModelError
 from training.config import TrainSettings
 from training.cost import WanShape, pair_flops, pair_peak
 from training.dpo import main
+from training.dry_run import read_model
+from training.pairs import read_pairs
 from training.presets import PRESETS
 from training.store import LatentsHeader, Store
 
@@ -105,3 +109,68 @@ def test_the_formulas_give_what_was_counted(changes: dict[str, Any], tflop: floa
     assert pair_flops(FULL, settings) / 1e12 == pytest.approx(tflop, abs=0.15)
     assert pair_peak(FULL, settings, batched=False, bytes_each=2) / 1e9 == pytest.approx(peak, rel=0.03)
     assert FULL.parameters == pytest.approx(1.419e9, rel=3e-3)
+
+
+def test_ltx_video_is_checked_and_counted(
+    tiny_ltx: Path, tiny_wan: Path, paired_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Clips of 8 x 2 x 2 x 2 are 8 tokens; the space and the text width are those of the backbone itself."""
+    from spatialalign.backbones import load_backbone
+
+    backbone = load_backbone(str(tiny_ltx), "cpu")
+    model = read_model(str(tiny_ltx), None)
+    assert (model.space, model.text_width) == (backbone.latent_space, 16)
+
+    store = Store(tmp_path / "ltx", create=True)
+    settings = backbone.default_settings()
+    header = LatentsHeader(backbone.latent_space, backbone.model_id, settings.to_dict(), settings.digest)
+    for prompt in read_pairs(paired_store.root / "pairs.json")[0]:
+        store.add_prompt(paired_store.prompt(prompt.prompt_id))
+        store.write_text(prompt.prompt_id, torch.randn(5, 16), backbone.model_id)
+        for seed in (*prompt.winners, *prompt.losers):
+            latents = torch.randn(backbone.latent_shape(settings))
+            store.sample(prompt.prompt_id, seed).write_latents(latents, header)
+    shutil.copy(paired_store.root / "pairs.json", store.root)
+    look(tiny_ltx, store, tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "8 tokens a clip, latents (8, 2, 2, 2)" in said and "GB at the peak" in said
+    with pytest.raises(SystemExit):
+        look(tiny_wan, store, tmp_path / "out")
+    assert f"is in the latent space {backbone.latent_space}, the model has" in capsys.readouterr().err
+
+
+def test_the_formula_of_ltx_video_counts_its_products() -> None:
+    """Against torch's own count of a forward pass with as many text tokens as the formula has."""
+    from diffusers import LTXVideoTransformer3DModel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        model = LTXVideoTransformer3DModel(
+            in_channels=8,
+            out_channels=8,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            cross_attention_dim=24,
+            num_layers=3,
+            caption_channels=16,
+        )
+        shape = WanShape.of(model.config, (8, 3, 4, 5))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(
+                torch.randn(1, 60, 8),
+                torch.randn(1, 128, 16),
+                torch.tensor([500.0]),
+                None,
+                num_frames=3,
+                height=4,
+                width=5,
+            )
+    levels = 2 * 24 * (256 + 7 * 24)  # of the noise level's embedding, which the formula leaves out
+    assert (shape.tokens, shape.text_tokens) == (60, 128)
+    assert counter.get_total_flops() == shape.forward + levels
+
+
+def test_an_unknown_pipeline_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(ModelError, match="is a FluxPipeline"):
+        read_model(str(tmp_path), None)

@@ -13,15 +13,18 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 
+from spatialalign import lora_record
 from spatialalign.backbones.wan import WanBackbone
 from spatialalign.dsr import DSR, Relation
 from spatialalign.errors import ConfigError, DataError, StoreError
-from spatialalign.lora import LoraPair, write_pairs
+from spatialalign.lora import LoraPair, adapter_metadata, write_pairs
 from spatialalign.prompts import Prompt
 from spatialalign.tracking.detect import Detections
 from spatialalign.tracking.tracker import Tracker
 from training.evaluate import Evaluate, evaluate, read_prompts, spread, versions
+from training.lora import Inspect, inspect
 from training.store import Store
 
 TYPES = ("LR", "RL", "LT")
@@ -171,6 +174,61 @@ def test_a_sample_in_other_hands_is_waited_for(backbone: WanBackbone, lora: Path
     (sample.folder / ".claim-generate").write_text(json.dumps(claim))
     with pytest.raises(DataError, match="0_LR/7.*another process"):
         measure(backbone, LeftToRight(), lora, tmp_path / "out")
+
+
+def test_the_lora_carries_its_scores_and_stays_the_same(
+    backbone: WanBackbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """LR is right and scores 0.92, RL and LT are wrong, by either model; see LeftToRight."""
+    comfy, diffusers = (tmp_path / f"lora_{name}.safetensors" for name in ("comfyui", "diffusers"))
+    pair = LoraPair(torch.randn(4, 12), torch.randn(12, 4))
+    write_pairs({"blocks.0.attn2.to_k": pair}, comfy, diffusers, {"step": 5})
+    before, detector = {path: load_file(path) for path in (comfy, diffusers)}, LeftToRight()
+    result = evaluate(
+        backbone,
+        Tracker(detector),
+        make_prompts(),
+        SEEDS,
+        comfy,
+        tmp_path / "out",
+        backbone.default_settings(),
+        record=False,
+    )
+    assert adapter_metadata(comfy) == {"step": 5}
+    calls = detector.calls
+    for _ in range(2):
+        capsys.readouterr()
+        assert measure(backbone, detector, comfy, tmp_path / "out") == result
+        assert capsys.readouterr().out.count("0 done, 6 there before") == 4, (
+            "the LoRA's identity is that of its tensors"
+        )
+    assert detector.calls == calls
+    for path, tensors in before.items():
+        notes = adapter_metadata(path)
+        scores = notes.pop("scores")
+        assert notes == {"step": 5} and (scores["prompts"], scores["seeds"], scores["strength"]) == (3, [7, 8], 1.0)
+        for arm in ("base", "aligned"):
+            assert scores[arm]["correct_at_0.7"] == pytest.approx(1 / 3)
+            assert scores[arm]["invalid_rate"] == 0.0
+            assert scores[arm]["mean_score"] == result[arm]["mean_score"]["value"]
+        found = load_file(path)
+        assert found.keys() == tensors.keys() and all(torch.equal(found[key], tensors[key]) for key in tensors)
+    inspect(Inspect(comfy))
+    assert "scores, base → aligned: Correct@0.7 33.3% → 33.3%" in capsys.readouterr().out
+
+
+def test_a_lora_that_cannot_be_written_is_no_failure(
+    backbone: WanBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "lora.safetensors"
+    write_pairs({"blocks.0.attn2.to_k": LoraPair(torch.ones(1, 12), torch.ones(12, 1))}, path, tmp_path / "d", {"a": 1})
+
+    def refuse(*args: object) -> None:
+        raise PermissionError("read-only folder")
+
+    monkeypatch.setattr(lora_record, "atomic_path", refuse)
+    assert measure(backbone, LeftToRight(), path, tmp_path / "out")["prompts"] == 3
+    assert "could not be written" in caplog.text and "read-only folder" in caplog.text
 
 
 def test_nothing_to_evaluate(backbone: WanBackbone, lora: Path, tmp_path: Path) -> None:

@@ -113,14 +113,27 @@ def test_a_known_reference_gives_the_same_gradients(miniature: Any, plain: Any, 
 
 
 def test_batched_passes_differ_by_rounding(miniature: Any, plain: Any) -> None:
-    """Another batch size sums in another order: near, not equal; beta 20 magnifies what the errors' last bits say. But
-    with batched passes, too, the three kinds of checkpointing give one gradient."""
+    """Another batch size sums in another order. In float64 every entry agrees; in float32 the gradients are near each
+    other, and the batched one is not farther from float64's. With batched passes, too, the three kinds of checkpointing
+    give one gradient."""
     pair = sides(miniature[0])
     batched, _ = run(miniature, pair, SETTINGS, "batched")
+    exact = in_float64(miniature)
+    precise, _ = run(exact, pair, SETTINGS, "separate")
+    assert_same(run(exact, pair, SETTINGS, "batched")[0], precise)
     for name, value in plain[0].items():
-        assert (batched[name] - value).norm() <= 1e-4 * value.norm()
+        assert (batched[name] - value).norm() <= 5e-6 * value.norm()
+        errors = [float((found[name] - precise[name]).norm()) for found in (batched, plain[0])]
+        assert errors[0] <= 1.2 * errors[1]
     for kind in ("full", "selective"):
         assert_same(run(miniature, pair, replace(SETTINGS, checkpointing=kind), "batched")[0], batched)  # type: ignore[arg-type]
+
+
+def in_float64(model: tuple[WanBackbone, dict[str, Any]]) -> tuple[WanBackbone, dict[str, Any]]:
+    """The same weights, so that what is left of a difference is no rounding."""
+    backbone = copy.copy(model[0])
+    backbone.transformer = copy.deepcopy(backbone.transformer).double()
+    return backbone, {name: p for name, p in backbone.transformer.named_parameters() if p.requires_grad}
 
 
 OBJECTIVES: list[dict[str, Any]] = [

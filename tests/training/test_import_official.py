@@ -1,4 +1,4 @@
-"""The official training data, written here in the described form, read into a store that mine and dpo work on."""
+"""The official training data, written here as the published programs have it, read into a store for mine and dpo."""
 
 from __future__ import annotations
 
@@ -38,21 +38,31 @@ def content(name: str, clips: int = 3) -> dict[str, Any]:
     return {"prompt_id": name, "latents_data": latents.bfloat16(), "prompt_emb": {"context": context.bfloat16()}}
 
 
-def write_metadata(folder: Path, rewards: dict[str, Any], **columns: dict[str, str]) -> None:
+def write_metadata(folder: Path, rewards: dict[str, Any], sentences: bool = True) -> None:
+    """As calc_dsr_score.py leaves it: the columns of the prompt file, then the clips' names and their rewards."""
+    write_csv(folder / "prompts.csv", [Prompt.parse(name, SENTENCES[name]) for name in rewards])
+    with open(folder / "prompts.csv", newline="", encoding="utf-8") as handle:
+        rows = list(csv.DictReader(handle))
+    for row in rows:
+        values = rewards[row["prompt_id"]]
+        row["video"] = str([f"{row['prompt_id']}_F81_seed{seed:02d}.mp4" for seed in range(len(values))])
+        row["reward"] = str(values)
+        if not sentences:
+            del row["prompt"]
     with open(folder / "train_metadata.csv", "w", newline="", encoding="utf-8") as handle:
-        writer = csv.writer(handle)
-        writer.writerow(["prompt_id", "reward", *columns])
-        for name, values in rewards.items():
-            writer.writerow([name, str(values), *(column.get(name, "") for column in columns.values())])
+        writer = csv.DictWriter(handle, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    folder = tmp_path / "official"
-    (folder / "train").mkdir(parents=True)
+    """The layout of the published run_train.sh: data/train_metadata.csv and data/tensors/<prompt_id>.tensors.pth."""
+    folder = tmp_path / "data"
+    (folder / "tensors").mkdir(parents=True)
     for name in SENTENCES:
-        torch.save(content(name), folder / "train" / f"{name}.tensors.pth")
-    write_metadata(folder, REWARDS, prompt=SENTENCES)
+        torch.save(content(name), folder / "tensors" / f"{name}.tensors.pth")
+    write_metadata(folder, REWARDS)
     return folder
 
 
@@ -105,7 +115,7 @@ def test_what_is_there_is_skipped_and_what_is_missing_made(
     with monkeypatch.context() as patch:
         patch.setattr(torch, "load", None)
         assert run(args).skipped == 6, "not even opened"
-    write_metadata(data, REWARDS | {"0002_RL": [0.7, 0.69, 0.5]}, prompt=SENTENCES)
+    write_metadata(data, REWARDS | {"0002_RL": [0.7, 0.69, 0.5]})
     assert run(args).done == 1 and store.sample("0002_RL", 2).read_score().score == 0.5
 
 
@@ -132,14 +142,15 @@ class Harm:
     [
         ({"prompt_id": Harm()}, "holds more than tensors"),
         ({"prompt_id": "0009_TL"}, "is of the prompt '0009_TL'"),
-        ({"latents_data": torch.zeros(2, 16, 2, 4, 4)}, "2 clips and the metadata 3 rewards"),
+        ({"latents_data": torch.zeros(4, 16, 2, 4, 4)}, "4 clips and the metadata 3 rewards"),
         ({"latents_data": torch.zeros(16, 2, 4, 4)}, "latents_data must be a tensor"),
         ({"prompt_emb": {}}, "lacks 'context'"),
         ({"prompt_emb": {"context": torch.zeros(1, 512, 16)}}, "all zeros"),
+        ({"prompt_emb": {"context": torch.ones(2, 512, 16)}}, "2 text embeddings"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named(data: Path, tmp_path: Path, change: dict[str, Any], words: str) -> None:
-    torch.save(content("0001_LR") | change, data / "train" / "0001_LR.tensors.pth")
+    torch.save(content("0001_LR") | change, data / "tensors" / "0001_LR.tensors.pth")
     summary = run(ImportOfficial(data, tmp_path / "store"))
     ((name, reason),) = summary.failed
     assert name == "0001_LR" and words in reason and "0001_LR.tensors.pth" in reason
@@ -149,25 +160,44 @@ def test_a_file_that_cannot_be_used_is_named(data: Path, tmp_path: Path, change:
 def test_a_clip_with_nan_and_a_cut_file(data: Path, tmp_path: Path) -> None:
     broken = content("0001_LR")
     broken["latents_data"][1, 0, 0, 0, 0] = float("nan")
-    torch.save(broken, data / "train" / "0001_LR.tensors.pth")
-    other = data / "train" / "0002_RL.tensors.pth"
+    torch.save(broken, data / "tensors" / "0001_LR.tensors.pth")
+    other = data / "tensors" / "0002_RL.tensors.pth"
     other.write_bytes(other.read_bytes()[:-400])
     summary = run(ImportOfficial(data, tmp_path / "store"))
     assert summary.done == 2 and [name for name, _ in summary.failed] == ["0001_LR/1", "0002_RL"]
     assert "NaN" in summary.failed[0][1] and "damaged" in summary.failed[1][1]
 
 
-def test_sentences_and_names_from_elsewhere(data: Path, tmp_path: Path) -> None:
-    """A metadata file without sentences and with DiffSynth's file_name column."""
-    (data / "train" / "0001_LR.tensors.pth").rename(data / "train" / "clip7.mp4.tensors.pth")
-    write_metadata(data, REWARDS, file_name={"0001_LR": "train/clip7.mp4"})
+def test_sentences_from_elsewhere(data: Path, tmp_path: Path) -> None:
+    """train.py itself needs no more than the columns prompt_id and reward."""
+    write_metadata(data, REWARDS, sentences=False)
     with pytest.raises(DataError, match="none of 2 prompts.*--prompts"):
         run(ImportOfficial(data, tmp_path / "store"))
-    write_csv(tmp_path / "prompts.csv", [Prompt.parse(*item) for item in SENTENCES.items()])
-    assert run(ImportOfficial(data, tmp_path / "store", prompts=tmp_path / "prompts.csv")).done == 6
+    assert run(ImportOfficial(data, tmp_path / "store", prompts=data / "prompts.csv")).done == 6
 
 
-@pytest.mark.parametrize("text", ["", "0.5", "[0.5, 'x']", "[1.5]", "[-1]", "[nan]", "__import__('os')", "[[0.5]]"])
+def test_rows_are_read_as_the_official_program_does(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a file, a row is left out; rewards beyond the clips are; of one id, the first row counts."""
+    torch.save(content("0001_LR", clips=2), data / "tensors" / "0001_LR.tensors.pth")
+    (data / "tensors" / "0002_RL.tensors.pth").unlink()
+    (data / "tensors" / "other.tensors.pth").write_bytes(b"of no row")
+    with open(data / "train_metadata.csv", "a", encoding="utf-8") as handle:
+        handle.write((data / "train_metadata.csv").read_text(encoding="utf-8").splitlines()[1].replace("0.91", "0.1"))
+    summary = run(ImportOfficial(data, tmp_path / "store"))
+    assert (summary.done, summary.failed) == (2, [])
+    assert [s.read_score().score for s in Store(tmp_path / "store").samples()] == [0.91, None]
+    assert "1 of 2 prompts have no file" in caplog.text
+    assert run(ImportOfficial(data, tmp_path / "store")).skipped == 2
+
+
+def test_rewards_keep_the_side_that_the_official_program_gives_them() -> None:
+    """Its process_reward: below -1 INVALID, from -1 a loser, from 0.7 a winner."""
+    assert parse_rewards("[0.9, -100, 0.25, 1, -0.5, -1, 1.5, -2]") == (0.9, None, 0.25, 1.0, 0.0, 0.0, 1.0, None)
+
+
+@pytest.mark.parametrize("text", ["", "0.5", "'12'", "[0.5, 'x']", "[nan]", "__import__('os')", "[[0.5]]"])
 def test_odd_rewards_are_refused(text: str) -> None:
     with pytest.raises(DataError, match="reward"):
         parse_rewards(text)
@@ -176,7 +206,7 @@ def test_odd_rewards_are_refused(text: str) -> None:
 def test_latents_that_look_raw_are_warned_about(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     raw = content("0001_LR")
     raw["latents_data"] = 2.4 * raw["latents_data"]
-    torch.save(raw, data / "train" / "0001_LR.tensors.pth")
+    torch.save(raw, data / "tensors" / "0001_LR.tensors.pth")
     run(ImportOfficial(data, tmp_path / "store"))
     assert len(caplog.records) == 1 and "normalised?" in caplog.text
 
@@ -188,7 +218,7 @@ def test_the_command_line(data: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     empty.mkdir()
     for argv, words in (
         (["--data", str(empty)], "train_metadata.csv does not exist"),
-        (["--data", str(empty), "--metadata", str(data / "train_metadata.csv")], "holds no *.tensors.pth"),
+        (["--data", str(empty), "--metadata", str(data / "train_metadata.csv")], "--tensors"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main([*argv, "--store", str(tmp_path / "other")])

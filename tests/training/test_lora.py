@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import LTXVideoTransformer3DModel, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spatialalign.errors import ConfigError, LoraError, ModelError
 from spatialalign.lora import LoraPair, load_lora, read_lora, training_notes, unload_lora
+from spatialalign.module_names import is_ltx, linears
 from spatialalign.wan_modules import diffusers_name, original_name, wan_linears
 from training.lora import Compare, Convert, Inspect, Merge, compare, convert, dialect_of, inspect, main, merge
 from training.lora_updates import inner_product, likeness, stacked, update_norm
@@ -260,3 +261,99 @@ def test_the_names_of_linears_are_those_of_the_model() -> None:
 
     found = {name for name, module in tiny().named_modules() if isinstance(module, nn.Linear)}
     assert found <= set(wan_linears(2))
+
+
+LTX = (
+    "caption_projection.linear_1",
+    "transformer_blocks.0.attn1.to_out.0",
+    "transformer_blocks.1.attn2.to_k",
+    "transformer_blocks.1.ff.net.0.proj",
+)
+
+
+def tiny_ltx() -> LTXVideoTransformer3DModel:
+    torch.manual_seed(0)
+    return LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        cross_attention_dim=24,
+        num_layers=2,
+        caption_channels=16,
+    ).eval()
+
+
+def ltx_velocity(model: LTXVideoTransformer3DModel) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    x, text = torch.randn(1, 8, 8, generator=generator), torch.randn(1, 6, 16, generator=generator)
+    with torch.no_grad():
+        return model(x, text, torch.tensor([500.0]), None, num_frames=2, height=2, width=2, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("kohya", [False, True], ids=["ComfyUI", "kohya"])
+def test_ltx_is_converted_inspected_merged_and_compared(
+    tmp_path: Path, kohya: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """W + B A by hand; ComfyUI's names of LTX-Video's layers are diffusers'."""
+    generator, model, base, tensors = torch.Generator().manual_seed(0), tiny_ltx(), tiny_ltx(), {}
+    for name in LTX:
+        weight = model.get_submodule(name).weight.data
+        a, b = (
+            torch.randn(3, weight.shape[1], generator=generator),
+            torch.randn(weight.shape[0], 3, generator=generator),
+        )
+        weight += b @ a
+        key = f"lora_unet_{name.replace('.', '_')}" if kohya else f"diffusion_model.{name}"
+        one, other = ("lora_down", "lora_up") if kohya else ("lora_A", "lora_B")
+        tensors |= {f"{key}.{one}.weight": a, f"{key}.{other}.weight": b}
+    save_file(tensors, tmp_path / "a.safetensors")
+    expected = ltx_velocity(model)
+
+    comfy, diffusers = convert(Convert(tmp_path / "a.safetensors", tmp_path / "out"))
+    assert set(load_file(comfy)) == {f"diffusion_model.{name}.lora_{part}.weight" for name in LTX for part in "AB"}
+    assert read_lora(comfy)[1]["modelspec.architecture"] == "lightricks-ltx-video/lora"
+    other = tiny_ltx()
+    other.load_lora_adapter(str(tmp_path / "out"), prefix="transformer", weight_name=diffusers.name)
+    assert torch.allclose(ltx_velocity(other), expected, atol=1e-4), "diffusers' own loader"
+
+    facts = inspect(Inspect(tmp_path / "a.safetensors"))
+    assert (facts["modules"], facts["ranks"], facts["unmatched"]) == (4, [3], [])
+    assert facts["layers"] == (
+        "self-attention out in 1 block; cross-attention k in 1 block; feed-forward in 1 block; text embedding"
+    )
+    assert facts["dialect"].startswith(f"{'kohya' if kohya else 'ComfyUI'}, LTX-Video module names")
+
+    base.save_pretrained(tmp_path / "base")
+    assert set(merge(Merge(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "merged"))) == set(LTX)
+    merged = LTXVideoTransformer3DModel.from_pretrained(tmp_path / "merged").eval()
+    assert torch.allclose(ltx_velocity(merged), expected, atol=1e-4)
+
+    same = compare(Compare(tmp_path / "a.safetensors", diffusers))
+    assert same["overall"]["cosine"] == pytest.approx(1) and same["overall"]["relative_difference"] < 1e-6
+    assert set(same["modules"]) == set(LTX) and not same["only_in_a"] and not same["only_in_b"]
+
+
+def test_a_part_of_a_lora_does_not_keep_the_scores_of_the_whole(tmp_path: Path) -> None:
+    notes = {"spatialalign": json.dumps({"step": 7, "scores": {"prompts": 1}})}
+    whole = {
+        f"diffusion_model.{name}.lora_{part}.weight": pair[part == "B"]
+        for name, pair in matrices().items()
+        for part in "AB"
+    }
+    save_file(whole, tmp_path / "whole.safetensors", metadata=notes)
+    save_file(whole | {"blocks.0.norm3.diff_b": torch.zeros(12)}, tmp_path / "more.safetensors", metadata=notes)
+    for name, kept in (("whole", True), ("more", False)):
+        comfy, _ = convert(Convert(tmp_path / f"{name}.safetensors", tmp_path / "out", partial=True))
+        found = training_notes(read_lora(comfy)[1])
+        assert found["step"] == 7 and ("scores" in found) is kept
+
+
+def test_the_names_of_ltx_linears_are_those_of_the_model() -> None:
+    """All linears of blocks and text embedding."""
+    found = {
+        name
+        for name, module in tiny_ltx().named_modules()
+        if isinstance(module, torch.nn.Linear) and name.startswith(("transformer_blocks.", "caption_projection."))
+    }
+    assert found == {name for name in linears(2) if is_ltx(name)}

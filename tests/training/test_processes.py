@@ -45,6 +45,30 @@ LAUNCHERS = {
     "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
 }
 
+DISK_FULL = """
+import errno, os
+from pathlib import Path
+from training import checkpoint, monitors
+from training.dpo import main
+from training.processes import launched_rank
+
+FULL = Path({path!r})
+
+def full(write):
+    def instead(*args, **kwargs):
+        if FULL.parent.joinpath("step-000002").exists() and not FULL.exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(*args, **kwargs)
+    return instead
+
+if {where!r} == "checkpoint":
+    checkpoint.save_file = full(checkpoint.save_file)
+elif launched_rank() == 0:
+    monitors.JsonlLog.write = full(monitors.JsonlLog.write)
+main()
+"""
+"""From the checkpoint of step 2 on, the first process can write no other, or no log."""
+
 
 def options(model: Path, store: Store, out: Path, settings: TrainSettings = SETTINGS) -> list[str]:
     argv = ["--model", str(model), "--store", str(store.root), "--out", str(out), "--device", "cpu"]
@@ -195,6 +219,29 @@ def test_a_bad_clip_of_one_counts_for_all(tiny_wan: Path, paired_store: Store, t
     )
     assert [code for code, _ in found] == [2, 2], found
     assert all("0001_LR/1" in said for _, said in found)
+
+
+@pytest.mark.parametrize(
+    ("where", "others"), [("checkpoint", "process 0 of 2: the checkpoint"), ("log", "process 1 of 2 lost another one")]
+)
+def test_a_full_disk_ends_all_with_one_error(
+    tiny_wan: Path, paired_store: Store, tmp_path: Path, where: str, others: str
+) -> None:
+    out = tmp_path / "out"
+    path = out / "checkpoints/step-000004"
+    script = DISK_FULL.format(path=str(path), where=where)
+    found = end(start([["-c", script, *options(tiny_wan, paired_store, out)]] * 2))
+    assert [code for code, _ in found] == [2, 2], found
+    for _, said in found:
+        assert "Traceback" not in said
+        assert "run the same command again to continue" in said
+    assert "No space left on device" in found[0][1]
+    assert str(path if where == "checkpoint" else out) in found[0][1]
+    assert others in found[1][1]
+    assert [folder.name for folder in (out / "checkpoints").iterdir()] == ["step-000002"]
+    kept = latest_checkpoint(out / "checkpoints")
+    assert kept is not None and kept.step == 2
+    assert not (out / ".lock").exists()
 
 
 def test_different_options_are_named(tiny_wan: Path, paired_store: Store, tmp_path: Path) -> None:

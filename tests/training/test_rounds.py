@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import pytest
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from spatialalign.backbones.wan import WanBackbone
-from spatialalign.errors import ConfigError, DataError
+from spatialalign.errors import ConfigError, DataError, LoraError
+from spatialalign.lora import adapter_metadata
 from spatialalign.prompts import Prompt, write_csv
 from spatialalign.tracking.detect import Detections
 from spatialalign.tracking.tracker import Tracker
@@ -93,7 +94,7 @@ def stopping_after(steps: int) -> Iterator[Callable[[], bool]]:
 
 
 def test_rounds_build_on_each_other_and_resume_in_every_stage(
-    backbone: WanBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: WanBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     straight = make_plan(tmp_path / "straight", backbone, Coin())
     entries = run_rounds(straight, 2)
@@ -107,6 +108,10 @@ def test_rounds_build_on_each_other_and_resume_in_every_stage(
         assert {sample.seed for sample in store.samples()} == set(range(6 * number - 6, 6 * number))
         settings = json.loads((straight.folder(number) / "lora" / "summary.json").read_text())["settings"]
         assert settings["seed"] == number - 1
+        scores = adapter_metadata(straight.folder(number) / "lora" / "lora_diffusers.safetensors")["scores"]
+        assert [scores[arm] for arm in ("base", "aligned")] == [
+            entries[number - 1]["held_out"][arm] for arm in ("base", "aligned")
+        ]
     assert not getattr(backbone.transformer, "peft_config", {}), "the base model is left as it was"
     assert entries[0]["held_out"]["base"] == entries[1]["held_out"]["base"], "one base, measured once"
 
@@ -148,8 +153,46 @@ def test_rounds_build_on_each_other_and_resume_in_every_stage(
 
     calls_before = coin.calls
     assert run_rounds(cut, 2) == entries and coin.calls == calls_before, "nothing is made again"
-    with pytest.raises(ConfigError, match=r"beta: 50.0 -> 60.0"):
-        run_rounds(make_plan(cut.out, backbone, coin, beta=60.0), 3)
+    other = make_plan(cut.out, backbone, coin, beta=60.0)
+    with pytest.raises(ConfigError, match=r"beta: 50.0 -> 60.0.*--allow_changes true"):
+        run_rounds(other, 3)
+    with caplog.at_level("WARNING"):
+        entries = run_rounds(other, 3, allow_changes=True)
+    assert entries is not None and len(entries) == 3
+    assert "continuing although beta: 50.0 -> 60.0" in caplog.text
+    settings = [json.loads((other.folder(n) / "lora" / "summary.json").read_text())["settings"] for n in (2, 3)]
+    assert [values["beta"] for values in settings] == [50.0, 60.0]
+
+
+class Alternating(Coin):
+    """Sees the first clip from left to right, the next from right to left, and so on."""
+
+    def detect(self, frames: NDArray[np.uint8], phrases: Sequence[str]) -> list[Detections]:
+        left = np.zeros_like(frames)
+        left[:, :, : frames.shape[2] // 2] = 255
+        return super().detect(255 - left if self.calls % 2 else left, phrases)
+
+
+def test_rounds_on_one_of_two_experts(tiny_a14b: Path, miniature_weights: Path, tmp_path: Path) -> None:
+    """Its LoRA samples the next round; the other expert neither continues the folder nor takes that LoRA."""
+    out = tmp_path / "out"
+
+    def plan_of(expert: Literal["high", "low"]) -> Plan:
+        args = Rounds(str(tiny_a14b), tmp_path / "train.csv", out, device="cpu", expert=expert)
+        plan = make_plan(out, cast(WanBackbone, rounds.load(args)[0]), Alternating())
+        return rounds.dataclasses.replace(plan, clips=2, held_out=[])
+
+    low, high = plan_of("low"), plan_of("high")
+    assert run_rounds(low, 2) is not None
+    names = [{s.read_header().model for s in Store(low.folder(n) / "store").samples()} for n in (1, 2)]
+    lora = low.folder(1) / "lora" / "lora_comfyui.safetensors"
+    assert names == [{str(tiny_a14b)}, {lora_model_name(f"{tiny_a14b}:low", lora, 1.0)}]
+    assert adapter_metadata(lora)["expert"] == "low"
+    with pytest.raises(ConfigError, match="expert: 'low' -> 'high'"):
+        run_rounds(high, 3)
+    with pytest.raises(LoraError, match="low-noise expert .*--expert low"):
+        run_rounds(high, 3, allow_changes=True)
+    assert not getattr(high.backbone.transformer, "peft_config", {})
 
 
 def test_a_round_without_pairs_is_named(backbone: WanBackbone, tmp_path: Path) -> None:
