@@ -1,1 +1,1 @@
-"""Rewards that are asked while a clip is still noise."""
+"""Rewards: of finished clips (``base``, ``video_reward``), and of clips that are still noise (``latent``)."""
