@@ -17,7 +17,8 @@ __all__ = ["server"]
 WORKFLOWS = sorted(path.stem for path in (Path(__file__).resolve().parents[2] / "workflows").glob("*.json"))
 LOADED = """name => {
     const graph = window.app?.graph;
-    return Boolean(graph?._nodes?.length) && document.title.includes(name);
+    // the whole name: "miniature" is also a part of "guided_miniature"
+    return Boolean(graph?._nodes?.length) && document.title.split(/\\W+/).includes(name);
 }"""
 NODES = """() => window.app.graph._nodes.map(node => ({
     id: Number(node.id),
