@@ -180,3 +180,88 @@ def tiny_ltx(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
     ).save_pretrained(folder)
     return _settings_file(folder, frames=9, height=64, width=64, steps=3, guidance=4.0, shift=5.0, fps=8)
+
+
+@pytest.fixture(scope="session")
+def tiny_vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA folder taught (seconds) to answer whether something is on the left or right in 1 or 3 pictures.
+
+    A red picture shows it on the left, a blue one on the right; of a grey one it says "maybe".
+    """
+    import numpy as np
+    import torch
+    from PIL import Image
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
+
+    from spatialalign.dsr import DSR, Relation
+    from spatialalign.rewards.vlm_judge import question
+
+    words = "<pad> <s> </s> <unk> <image> yes no maybe left right".split()
+    tokens = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    processor = LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
+        PreTrainedTokenizerFast(tokenizer_object=tokens, extra_special_tokens={"image_token": "<image>"}, **special),
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template="{% for m in messages %}{% for c in m['content'] %}"
+        "{{ '<image> ' if c['type'] == 'image' else c['text'] + ' ' }}{% endfor %}{% endfor %}<s>",
+    )
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "initializer_range": 0.15}
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=CLIPVisionConfig(**sizes, num_hidden_layers=1, image_size=8, patch_size=4),
+            text_config=LlamaConfig(
+                **{**sizes, "hidden_size": 32}, num_hidden_layers=2, vocab_size=len(words), max_position_embeddings=64
+            ),
+            image_token_index=words.index("<image>"),
+            vision_feature_layer=-1,
+            image_seq_length=4,
+        )
+    )
+    model.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    colours = {Relation.LEFT: (250, 30, 30), Relation.RIGHT: (30, 30, 250), None: (110, 110, 110)}
+    dsr = DSR("cat", "box", Relation.LEFT, Relation.RIGHT, "In a room", "walks")
+    cases = [(shown, asked) for shown in colours for asked in (Relation.LEFT, Relation.RIGHT)]
+    answers = torch.tensor([["yes no maybe".split().index(_answer(*case)) + 5, 2] for case in cases])
+    batches = []
+    for frames in (1, 3):
+        chats = []
+        for shown, asked in cases:
+            picture = Image.fromarray(np.full((16, 16, 3), colours[shown], np.uint8))
+            text = {"type": "text", "text": question(dsr, asked, frames)}
+            chats.append([{"role": "user", "content": [*[{"type": "image", "image": picture}] * frames, text]}])
+        batches.append(
+            processor.apply_chat_template(
+                chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            )
+        )
+    optimiser = torch.optim.Adam(model.parameters(), 1e-2)
+    for step in range(120):
+        batch = batches[step % 2]
+        ids = torch.cat([batch["input_ids"], answers[:, :1]], dim=1)
+        logits = model(input_ids=ids, pixel_values=batch["pixel_values"]).logits[:, -2:]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), answers.flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    folder = tmp_path_factory.mktemp("models") / "tiny-vlm"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def _answer(shown: object, asked: object) -> str:
+    return "maybe" if shown is None else "yes" if shown is asked else "no"
