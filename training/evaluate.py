@@ -21,6 +21,7 @@ from training.cli import command, options_of
 from training.generate import generate, put_lora
 from training.guide import GuideOptions, guide_spec
 from training.measure import Scored, chance, difference, plain, summarise, table
+from training.metric_values import MetricOptions
 from training.score import score
 from training.stages import StageSummary, parse_seeds
 from training.store import Sample, Store
@@ -83,6 +84,7 @@ class Evaluate:
     """Write the scores into the metadata of the LoRA file and of its twin in the other format, if they are files of
     this project; the tensors stay as they are."""
     guide_options: dict[str, Any] = options_of(GuideOptions)
+    metric_options: dict[str, Any] = options_of(MetricOptions)
 
     def __post_init__(self) -> None:
         if self.arms is None and (self.lora is None or self.reward or self.guide_options):
@@ -93,6 +95,7 @@ class Evaluate:
             raise ConfigError(f"limit must be at least 1, found {self.limit}")
         if self.swapped < 0:
             raise ConfigError(f"swapped must be 0 or more, found {self.swapped}")
+        MetricOptions(**self.metric_options)
 
 
 def evaluate(
@@ -344,9 +347,11 @@ def run(args: Evaluate) -> dict[str, Any]:
     given = {name: value for name in ("steps", "guidance", "guidance_2") if (value := getattr(args, name)) is not None}
     settings = dataclasses.replace(backbone.default_settings(), **given)
     if args.arms is not None:
-        return compare_arms(
+        compared = compare_arms(
             backbone, tracker, prompts, seeds, arms, args.out, settings, args.batch, args.lora, args.lora_scale, guide
         )
+        measure_beside(args, compared)
+        return compared
     assert args.lora is not None, "without arms there is a LoRA"
     result = evaluate(
         backbone,
@@ -362,7 +367,16 @@ def run(args: Evaluate) -> dict[str, Any]:
         record=args.record,
     )
     print(f"{table(result)}\n{args.out / 'metrics.json'}")
+    measure_beside(args, result)
     return result
+
+
+def measure_beside(args: Evaluate, result: dict[str, Any]) -> None:
+    """The metrics beside the score, if any was asked for, over the clips of the result, into ``out/metrics``."""
+    if args.metric_options:
+        from training.metrics import measure_evaluation
+
+        measure_evaluation(args.out, result, MetricOptions(**args.metric_options), args.device)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
