@@ -123,7 +123,7 @@ class RewardGuidance(io.ComfyNode):
                 REWARD_SOCKET.Input("reward", tooltip="From Load Latent Reward or Reward Weights."),
                 io.Float.Input(
                     "strength",
-                    default=100.0,
+                    default=1000.0,
                     min=0.0,
                     max=10000.0,
                     step=1.0,
@@ -139,7 +139,7 @@ class RewardGuidance(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "end_percent",
-                    default=1.0,
+                    default=0.6,
                     min=0.0,
                     max=1.0,
                     step=0.01,
@@ -155,7 +155,7 @@ class RewardGuidance(io.ComfyNode):
                 io.Combo.Input(
                     "form",
                     options=["nrg", "x0"],
-                    default="nrg",
+                    default="x0",
                     tooltip=(
                         "nrg asks the reward about the noisy clip, for rewards that know noise; x0 asks about the clip "
                         "that the model expects to end at."
@@ -163,7 +163,7 @@ class RewardGuidance(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "step_cap",
-                    default=0.3,
+                    default=0.5,
                     min=0.01,
                     max=10.0,
                     step=0.01,

@@ -30,7 +30,7 @@ GRADIENT_PASSES = 3.0
 
 @dataclass(frozen=True)
 class GuidanceSettings:
-    """How rewards guide.
+    """How rewards guide. The defaults are what served the miniature best, where the cap decides more than the strength.
 
     Attributes:
         form: ``"nrg"`` asks at the noisy clip, ``"x0"`` at the predicted clean one.
@@ -44,14 +44,14 @@ class GuidanceSettings:
         weights: of the rewards' dimensions.
     """
 
-    form: Literal["nrg", "x0"] = "nrg"
-    strength: float = 100.0
+    form: Literal["nrg", "x0"] = "x0"
+    strength: float = 1000.0
     start: float = 0.0
-    end: float = 1.0
+    end: float = 0.6
     skip_first: int = 1
     every: int = 1
     factor_cap: float = 5.0
-    step_cap: float = 0.3
+    step_cap: float = 0.5
     weights: Mapping[str, float] = field(default_factory=lambda: {"dsr": 1.0})
 
     def __post_init__(self) -> None:

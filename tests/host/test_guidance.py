@@ -53,7 +53,7 @@ def reward(file: Any, module: Callable[[str], ModuleType], execute: Callable[...
 def guided(
     module: Callable[[str], ModuleType], execute: Callable[..., Any], reward: Any, miniature: SimpleNamespace
 ) -> Callable[..., Any]:
-    """``guided(strength=..., ...)``: the miniature's MODEL with guidance; what is not given is as in a new node."""
+    """``guided(strength=..., ...)``: the miniature's MODEL with guidance; the rest as in ``headless``."""
     start = {
         "strength": 100.0,
         "start_percent": 0.0,
@@ -141,10 +141,11 @@ def headless(file: Any, backbone: Any, prompt: str) -> Callable[..., Any]:
 
     def run(scale: float = 1.0, negative: str | None = None, **changes: Any) -> Any:
         settings = replace(backbone.default_settings(), steps=STEPS, guidance=scale)
+        given = {"form": "nrg", "strength": 100.0, "end": 1.0, "step_cap": 0.3} | changes
         text = backbone.encode_text([prompt, negative or prompt])
         flow = backbone.flow([text[0]] * len(SEEDS), text[1], settings)
         with flow as steps:
-            adjust = RewardGuidance([load_reward(file)], GuidanceSettings(**changes), steps.sigmas)
+            adjust = RewardGuidance([load_reward(file)], GuidanceSettings(**given), steps.sigmas)
         return backbone.sample([text[0]] * len(SEEDS), text[1], SEEDS, settings, adjust=adjust)
 
     return run
@@ -161,12 +162,16 @@ def normalised(samples: Any) -> Any:
     ("node", "engine"),
     [
         ({}, {}),
+        ({}, {}),
+        (
+            {"form": "x0", "strength": 1000.0, "end_percent": 0.6, "step_cap": 0.5},
+            {"form": "x0", "strength": 1000.0, "end": 0.6, "step_cap": 0.5},
+        ),
         ({"strength": 40.0, "step_cap": 10.0}, {"strength": 40.0, "step_cap": 10.0}),
         (
             {"start_percent": 0.2, "end_percent": 0.7, "every": 2, "factor_cap": 2.0},
             {"start": 0.2, "end": 0.7, "every": 2, "factor_cap": 2.0},
         ),
-        ({"form": "x0", "strength": 300.0, "end_percent": 0.9}, {"form": "x0", "strength": 300.0, "end": 0.9}),
     ],
 )
 def test_it_agrees_with_the_engine(

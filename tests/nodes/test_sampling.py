@@ -231,7 +231,8 @@ def test_only_the_chosen_part_is_guided(
     """At a shift of 1 percent p is noise level 1 - p; pure noise is never guided."""
 
     def guided_levels(**changes: Any) -> list[float]:
-        patched = run(nodes["SpatialAlignRewardGuidance"], model=model, reward=load()[0], **changes).args[0]
+        inputs = {"end_percent": 1.0, **changes}
+        patched = run(nodes["SpatialAlignRewardGuidance"], model=model, reward=load()[0], **inputs).args[0]
         return [sigma for sigma in (1.0, 0.75, 0.5, 0.25) if step(patched, sigma) is not step.denoised]
 
     assert guided_levels() == [0.75, 0.5, 0.25]

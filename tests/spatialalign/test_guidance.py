@@ -32,6 +32,11 @@ FREE: dict[str, Any] = {"factor_cap": 1e6, "step_cap": 1e6}
 """Caps that are never reached."""
 
 
+def guided_by(form: Any = "nrg", strength: float = 100.0, **changes: Any) -> GuidanceSettings:
+    """Settings that do not follow the defaults: the whole schedule by the gradient at the noisy clip."""
+    return GuidanceSettings(form, strength, **{"end": 1.0, "step_cap": 0.3, **changes})
+
+
 @dataclass(frozen=True)
 class Gaussian:
     """Clean values ``N(mean, std^2)``, each element for itself."""
@@ -169,7 +174,7 @@ def test_the_limit_is_relative_and_for_each_clip() -> None:
 def test_nrg_sampling_ends_in_the_tilted_gaussian(reward: Quadratic) -> None:
     model, weight = Gaussian(0.5, 0.8), 2.0
     noisy = Quadratic(reward.slope, reward.curvature, model, weight)
-    found, _ = sampled(model, noisy, GuidanceSettings(strength=weight, **FREE), 400)
+    found, _ = sampled(model, noisy, guided_by(strength=weight, **FREE), 400)
     expected = model.tilted(reward, weight)
     assert (found.mean, found.std) == (pytest.approx(expected.mean, abs=0.01), pytest.approx(expected.std, abs=0.01))
     assert abs(found.mean - model.mean) > 0.2
@@ -178,7 +183,7 @@ def test_nrg_sampling_ends_in_the_tilted_gaussian(reward: Quadratic) -> None:
 def test_x0_sampling_ends_in_the_tilted_gaussian() -> None:
     """The unit Gaussian and a slope of 0.4 at strength 2 and -2: N(0.8, 1) and N(-0.8, 1)."""
     for strength in (2.0, -2.0):
-        settings = GuidanceSettings("x0", strength, skip_first=0, **FREE)
+        settings = guided_by("x0", strength, skip_first=0, **FREE)
         found, flow = sampled(Gaussian(0.0, 1.0), Quadratic(slope=0.4), settings, 201)
         assert found.mean == pytest.approx(0.4 * strength, abs=0.01)
         assert found.std == pytest.approx(1, abs=0.01)
@@ -190,8 +195,8 @@ def test_x0_sampling_ends_in_the_tilted_gaussian() -> None:
 def test_a_run_of_few_capped_steps_still_raises_the_reward(form: Any) -> None:
     """Caps as they are by default: the mean moves up, and in no step by more than 0.3 of what it is a part of."""
     model = Gaussian(0.5, 1.0)
-    plain, _ = sampled(model, Quadratic(slope=1.0), GuidanceSettings(form, 0.0), 10)
-    guided, flow = sampled(model, Quadratic(slope=1.0), GuidanceSettings(form, 1000.0), 10)
+    plain, _ = sampled(model, Quadratic(slope=1.0), guided_by(form, 0.0), 10)
+    guided, flow = sampled(model, Quadratic(slope=1.0), guided_by(form, 1000.0), 10)
     assert plain.mean < guided.mean < 3
     assert flow.evaluations == 2 * (10 + 9 * 0.75)
 
@@ -211,7 +216,7 @@ def test_a_run_of_few_capped_steps_still_raises_the_reward(form: Any) -> None:
     ],
 )
 def test_guided_steps_of_ten(changed: dict[str, Any], expected: Sequence[int]) -> None:
-    assert GuidanceSettings(**changed).guided_steps(10) == tuple(expected)
+    assert guided_by(**changed).guided_steps(10) == tuple(expected)
 
 
 SIGMAS = (1.0, 0.9, 0.6, 0.3, 0.0)
@@ -219,7 +224,7 @@ SIGMAS = (1.0, 0.9, 0.6, 0.3, 0.0)
 
 def test_a_step_is_known_by_its_level() -> None:
     """Of four steps the two in the middle; levels rounded, asked for twice or in between are the nearest's."""
-    guidance = RewardGuidance([Quadratic(1.0)], GuidanceSettings(start=0.25, end=0.75), SIGMAS)
+    guidance = RewardGuidance([Quadratic(1.0)], guided_by(start=0.25, end=0.75), SIGMAS)
     for sigma, acts in (
         (1.0, False),
         (0.9, True),
@@ -241,13 +246,13 @@ def test_without_strength_the_reward_is_never_asked() -> None:
         def prepare(self, text: Any) -> Any:
             raise AssertionError
 
-    guidance = RewardGuidance([Silent(1.0)], GuidanceSettings(strength=0.0, skip_first=0), SIGMAS)
+    guidance = RewardGuidance([Silent(1.0)], guided_by(strength=0.0, skip_first=0), SIGMAS)
     velocity = clips(1.0)
     assert all(guidance(clips(0.5), sigma, velocity, texts(1)) is velocity for sigma in SIGMAS)
 
 
 def test_at_the_first_level_there_is_nothing_to_ask_nrg() -> None:
-    guidance = RewardGuidance([Quadratic(1.0)], GuidanceSettings(skip_first=0), SIGMAS)
+    guidance = RewardGuidance([Quadratic(1.0)], guided_by(skip_first=0), SIGMAS)
     velocity = clips(1.0)
     assert guidance(clips(0.5), 1.0, velocity, texts(1)) is velocity
 
@@ -262,7 +267,7 @@ def test_what_is_asked(form: Any, expected: tuple[float, float]) -> None:
             asked.append((sigma.item(), x.item()))
             return super().__call__(x, sigma, text)
 
-    RewardGuidance([Asked(1.0)], GuidanceSettings(form), SIGMAS)(clips(0.5), 0.6, clips(2.0), texts(1))
+    RewardGuidance([Asked(1.0)], guided_by(form), SIGMAS)(clips(0.5), 0.6, clips(2.0), texts(1))
     assert asked == [pytest.approx(expected)]
 
 
@@ -276,7 +281,7 @@ def test_texts_are_prepared_once() -> None:
             return tuple(text)
 
     rows = texts(3)
-    guidance = RewardGuidance([Counting(1.0)], GuidanceSettings(), SIGMAS)
+    guidance = RewardGuidance([Counting(1.0)], guided_by(), SIGMAS)
     for some in (rows, list(rows), rows[:2], rows[:2], rows):
         guidance(torch.zeros(len(some), 1, 1, 1, 1), 0.6, torch.ones(len(some), 1, 1, 1, 1), some)
     assert prepared == [3, 2, 3]
@@ -288,8 +293,8 @@ def test_texts_are_prepared_once() -> None:
 def test_rewards_and_weights_add_up() -> None:
     """Slopes 1 and 2 with weights 3 and -1 pull with 1: -0.1 * 1.5 at the factor 0.6 / 0.4."""
     rewards = [Quadratic(1.0), Quadratic(2.0, name="quality")]
-    settings = GuidanceSettings(strength=0.1, weights={"dsr": 3.0, "quality": -1.0})
-    own = GuidanceSettings(strength=0.1)
+    settings = guided_by(strength=0.1, weights={"dsr": 3.0, "quality": -1.0})
+    own = guided_by(strength=0.1)
     for guidance in (
         RewardGuidance(rewards, settings, SIGMAS),
         RewardGuidance(rewards, own, SIGMAS, [{"dsr": 3.0}, {"quality": -1.0}]),
@@ -306,9 +311,9 @@ def test_rewards_and_weights_add_up() -> None:
 def test_a_reward_of_clean_clips_is_asked_for_clean_ones_only() -> None:
     clean = Quadratic(1.0, knows_noise=False)
     with pytest.raises(ConfigError, match="use 'x0'"):
-        RewardGuidance([clean], GuidanceSettings(), SIGMAS)
+        RewardGuidance([clean], guided_by(), SIGMAS)
     velocity = clips(1.0)
-    assert RewardGuidance([clean], GuidanceSettings("x0"), SIGMAS)(clips(0.5), 0.6, velocity, texts(1)) < velocity
+    assert RewardGuidance([clean], guided_by("x0"), SIGMAS)(clips(0.5), 0.6, velocity, texts(1)) < velocity
 
 
 def test_a_gradient_that_is_not_finite_stops_its_clip_alone(caplog: pytest.LogCaptureFixture) -> None:
@@ -317,7 +322,7 @@ def test_a_gradient_that_is_not_finite_stops_its_clip_alone(caplog: pytest.LogCa
             found = super().__call__(x, sigma, text)
             return RewardValues(found.values * torch.tensor([[1.0], [math.nan], [1.0]]), found.curves)
 
-    guidance = RewardGuidance([Broken(1.0)], GuidanceSettings(strength=0.1), SIGMAS)
+    guidance = RewardGuidance([Broken(1.0)], guided_by(strength=0.1), SIGMAS)
     with caplog.at_level(logging.WARNING, "spatialalign"):
         for _ in range(2):
             found = guidance(clips(0.5, 0.5, 0.5), 0.6, clips(1.0, 1.0, 1.0), texts(3)).flatten().tolist()
@@ -344,7 +349,7 @@ def test_a_gradient_that_is_not_finite_stops_its_clip_alone(caplog: pytest.LogCa
 )
 def test_settings_that_make_no_sense(changed: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        GuidanceSettings(**changed)
+        guided_by(**changed)
 
 
 # --- a real reward ---------------------------------------------------------------------------------------------------
@@ -380,7 +385,7 @@ def test_the_gradient_agrees_with_differences(reward: LatentReward) -> None:
 @pytest.mark.parametrize("form", ["nrg", "x0"])
 def test_it_is_the_same_in_inference_mode(reward: LatentReward, form: Any) -> None:
     """As in a ComfyUI sampler, where clips, velocities and texts are inference tensors."""
-    (x, text), settings = inputs(), GuidanceSettings(form, 1.0)
+    (x, text), settings = inputs(), guided_by(form, 1.0)
     expected = RewardGuidance([reward], settings, SIGMAS)(x, 0.6, 0.5 * x, text)
     with torch.inference_mode():
         x, text = x.clone(), [row.clone() for row in text]
