@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -52,8 +52,8 @@ class Evaluate:
     arms: str | None = None
     """Ways of sampling to compare: base, lora, guidance, best-of-<N>, pruned-<N>, particles-<N>, joined as in
     base,lora,best-of-4,lora+guidance+pruned-4; null for base against LoRA."""
-    reward: list[str] = field(default_factory=list)
-    """Latent rewards of the arms with guidance, each <file> or <file>:<weight>; its options are below."""
+    reward: str | None = None
+    """Latent rewards of the arms with guidance, <file> or <file>:<weight>, several joined by commas; more options below."""
     seeds: str = "0-4"
     """Seeds of each prompt, as 0-4 or 0,3,7; both models start from the same noise."""
     limit: int | None = None
@@ -335,7 +335,7 @@ def read_prompts(source: str) -> list[Prompt]:
 def run(args: Evaluate) -> dict[str, Any]:
     """Load model and tracker, evaluate, and print the table."""
     prompts, seeds = spread(read_prompts(args.prompts), args.limit), parse_seeds(args.seeds)
-    arms, guide = parse_arms(args.arms or ""), guide_spec(args.reward, args.guide_options)
+    arms, guide = parse_arms(args.arms or ""), guide_spec(args.reward.split(",") if args.reward else [], args.guide_options)
     check_given(arms, args.lora, guide)
 
     from spatialalign.backbones import load_backbone
