@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from training.arms_measure import ArmClips, Cost, Pool, compare
 from training.generate import put_lora
 from training.sample import sample_clips, sampling_path
 from training.store import Sample, Store
+from training.versions import versions
 
 if TYPE_CHECKING:
     from spatialalign.backbones.base import Backbone, SampleSettings
@@ -95,6 +96,20 @@ def check_given(arms: Sequence[Arm], lora: object | None, guidance: object | Non
             raise ConfigError(f"the arm {arm.name!r} needs a latent reward; give its file with --reward")
 
 
+def with_looks(
+    arms: Sequence[Arm], by_reward: bool, keep: float | None = None, threshold: float | None = None
+) -> list[Arm]:
+    """The arms, those that look at clips on the way doing so by a reward; ``keep`` and ``threshold`` are of pruning."""
+    changed = []
+    for arm in arms:
+        changes: dict[str, Any] = {"preview_by": "reward"} if by_reward and arm.search.looks else {}
+        if arm.search.kind == "pruned":
+            given = {"keep": keep, "threshold": threshold}
+            changes |= {name: value for name, value in given.items() if value is not None}
+        changed.append(replace(arm, search=replace(arm.search, **changes)))
+    return changed
+
+
 def compare_arms(
     backbone: Backbone,
     tracker: Tracker,
@@ -107,6 +122,7 @@ def compare_arms(
     lora: Path | None = None,
     lora_scale: float = 1.0,
     guide: GuideSpec | None = None,
+    preview_reward: Path | None = None,
 ) -> dict[str, Any]:
     """Sample every arm and write ``arms.json``, ``arms.md``, ``arms.png`` and ``arms.html`` into ``out``.
 
@@ -124,6 +140,7 @@ def compare_arms(
         lora: LoRA file, for the arms with one.
         lora_scale: its strength.
         guide: the guidance, for the arms with it.
+        preview_reward: file of the latent reward, for the arms that look by one.
 
     Returns:
         The content of arms.json.
@@ -136,7 +153,7 @@ def compare_arms(
     from spatialalign.lora import unload_lora
     from training.arms_chart import arms_chart
     from training.arms_report import table, write_page
-    from training.evaluate import scores_of, versions
+    from training.evaluate import scores_of
 
     if not prompts or not seeds:
         raise DataError(f"nothing to evaluate: {len(prompts)} prompts, {len(seeds)} seeds")
@@ -148,7 +165,10 @@ def compare_arms(
         try:
             for arm in todo:
                 used = guide if arm.guidance else None
-                found[arm.name] = fill_arm(arm, out, backbone, tracker, prompts, seeds, settings, used, batch, model)
+                look = preview_reward if arm.search.looks else None
+                found[arm.name] = fill_arm(
+                    arm, out, backbone, tracker, prompts, seeds, settings, used, batch, model, look
+                )
         finally:
             if model is not None:
                 unload_lora(backbone.transformer)
@@ -202,12 +222,15 @@ def fill_arm(
     guide: GuideSpec | None,
     batch: int,
     model: str | None,
+    preview_reward: Path | None = None,
 ) -> ArmClips:
     """Sample, track and score what the arm's store lacks, and read all of it, by prompt and seed."""
     from training.evaluate import score_all
 
     store = Store(out / arm.name, create=True)
-    made = sample_clips(backbone, store, prompts, seeds, settings, tracker, guide, arm.search, batch, model)
+    made = sample_clips(
+        backbone, store, prompts, seeds, settings, tracker, guide, arm.search, batch, model, preview_reward
+    )
     clips = score_all(store, tracker, prompts, seeds, made)
     samples = [store.sample(clip.prompt_id, clip.seed) for clip in clips]
     records = [read_json(path) for path in map(sampling_path, samples) if path.is_file()]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from spatialalign.files import write_json
 from spatialalign.prompts import Prompt, read_csv
 from spatialalign.score import dsr_score
 from spatialalign.tracks import Tracks
-from training.arms import check_given, compare_arms, parse_arms
+from training.arms import check_given, compare_arms, parse_arms, with_looks
 from training.cli import command, options_of
 from training.generate import generate, put_lora
 from training.guide import GuideOptions, guide_spec
@@ -25,6 +24,7 @@ from training.metric_values import MetricOptions
 from training.score import score
 from training.stages import StageSummary, parse_seeds
 from training.store import Sample, Store
+from training.versions import versions
 
 if TYPE_CHECKING:
     from spatialalign.backbones.base import Backbone, SampleSettings
@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1
 PAPER_TYPES = ("LR", "LT", "RL", "RT", "TL", "TR")
-LIBRARIES = ("numpy", "torch", "diffusers", "transformers", "peft", "av")
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,13 @@ class Evaluate:
     """Ways of sampling to compare: base, lora, guidance, best-of-<N>, pruned-<N>, particles-<N>, joined as in
     base,lora,best-of-4,lora+guidance+pruned-4; null for base against LoRA."""
     reward: str | None = None
-    """Latent rewards of the arms with guidance, <file> or <file>:<weight>, several joined by commas; more options below."""
+    """Latent rewards of the arms with guidance, <file> or <file>:<weight>, several joined by commas; see also below."""
+    preview_reward: Path | None = None
+    """Latent reward by which the arms pruned-<N> and particles-<N> look at clips on the way; null for the tracker."""
+    keep: float | None = None
+    """Share of the candidates that the arms pruned-<N> take to the end; null for the default."""
+    threshold: float | None = None
+    """Score at which the arms pruned-<N> stop; null for never."""
     seeds: str = "0-4"
     """Seeds of each prompt, as 0-4 or 0,3,7; both models start from the same noise."""
     limit: int | None = None
@@ -308,21 +313,6 @@ def spread(prompts: Sequence[Prompt], count: int | None) -> list[Prompt]:
     return sorted(chosen, key=lambda prompt: places[id(prompt)])
 
 
-def versions() -> dict[str, str]:
-    """Versions of this package, Python and the libraries a result depends on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    import spatialalign
-
-    found = {"spatialalign": spatialalign.__version__, "python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {**found, "platform": f"{platform.system()} {platform.machine()}"}
-
-
 def read_prompts(source: str) -> list[Prompt]:
     """The prompts of a CSV file, or the miniature's held-out ones."""
     if source == "miniature":
@@ -335,7 +325,9 @@ def read_prompts(source: str) -> list[Prompt]:
 def run(args: Evaluate) -> dict[str, Any]:
     """Load model and tracker, evaluate, and print the table."""
     prompts, seeds = spread(read_prompts(args.prompts), args.limit), parse_seeds(args.seeds)
-    arms, guide = parse_arms(args.arms or ""), guide_spec(args.reward.split(",") if args.reward else [], args.guide_options)
+    rewards = args.reward.split(",") if args.reward else []
+    arms, guide = parse_arms(args.arms or ""), guide_spec(rewards, args.guide_options)
+    arms = with_looks(arms, args.preview_reward is not None, args.keep, args.threshold)
     check_given(arms, args.lora, guide)
 
     from spatialalign.backbones import load_backbone
@@ -348,7 +340,18 @@ def run(args: Evaluate) -> dict[str, Any]:
     settings = dataclasses.replace(backbone.default_settings(), **given)
     if args.arms is not None:
         compared = compare_arms(
-            backbone, tracker, prompts, seeds, arms, args.out, settings, args.batch, args.lora, args.lora_scale, guide
+            backbone,
+            tracker,
+            prompts,
+            seeds,
+            arms,
+            args.out,
+            settings,
+            args.batch,
+            args.lora,
+            args.lora_scale,
+            guide,
+            args.preview_reward,
         )
         measure_beside(args, compared)
         return compared

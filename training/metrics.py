@@ -69,8 +69,8 @@ def measure_models(
         DataError: a store without scores, or stores of other prompts.
         ModelError: a metric's model cannot be loaded.
     """
-    from training.evaluate import versions
     from training.leaderboard_chart import leaderboard_chart
+    from training.versions import versions
 
     measurer = Measurer(options, device, JsonlLog(out / "values.jsonl"))
     keys = None if only is None else list(only)

@@ -76,7 +76,7 @@ def run(args: RewardBench) -> dict[str, Any]:
         ConfigError: there is no such scorer, or no scorer has the columns of ``overall``.
     """
     from spatialalign.backbones.loading import pick_device
-    from training.evaluate import versions
+    from training.versions import versions
 
     device = pick_device(args.device)
     benchmark = None if args.pairs is None else read_pairs(args.pairs, args.limit)

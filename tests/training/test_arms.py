@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from spatialalign.search import SearchSettings
 from spatialalign.tracking.tracker import Tracker
 from tests.training.conftest import PROMPTS
 from tests.training.test_evaluate import LeftToRight
-from training.arms import Arm, check_given, compare_arms, parse_arms, reference
+from training.arms import Arm, check_given, compare_arms, parse_arms, reference, with_looks
 from training.evaluate import Evaluate
 from training.guide import GuideSpec
 from training.store import Store
@@ -93,7 +94,7 @@ def test_options_that_do_not_go_together(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give a LoRA with --lora and no reward, or what to compare with --arms"):
         Evaluate(**common)
     with pytest.raises(ConfigError, match="no reward"):
-        Evaluate(**common, lora=tmp_path / "lora.safetensors", reward=["reward.safetensors"])
+        Evaluate(**common, lora=tmp_path / "lora.safetensors", reward="reward.safetensors")
     with pytest.raises(ConfigError, match="swapped"):
         Evaluate(**common, arms="base,best-of-2", swapped=2)
 
@@ -163,7 +164,7 @@ def test_guidance_is_paid_for_in_the_arms_that_have_it(backbone: WanBackbone, tm
     reward = LatentReward(trunk, RewardInfo("tiny", backbone.latent_space), 16, 2)
     torch.nn.init.normal_(reward.head.to_values.weight)
     save_reward(tmp_path / "reward.safetensors", reward)
-    guide = GuideSpec(((tmp_path / "reward.safetensors", 1.0),), GuidanceSettings(strength=10.0))
+    guide = GuideSpec(((tmp_path / "reward.safetensors", 1.0),), GuidanceSettings(strength=10.0, end=1.0))
     prompts, settings = [Prompt.parse("0001_LR", PROMPTS["0001_LR"])], backbone.default_settings()
     arms, tracker = parse_arms("guidance,best-of-2"), Tracker(LeftToRight())
     result = compare_arms(backbone, tracker, prompts, [7], arms, tmp_path / "out", settings, guide=guide)
@@ -179,3 +180,10 @@ def test_what_is_missing_is_said_before_anything_is_sampled(backbone: WanBackbon
     assert not (tmp_path / "out").exists()
     with pytest.raises(DataError, match="nothing to evaluate"):
         compare_arms(backbone, Tracker(LeftToRight()), [], SEEDS, [Arm()], tmp_path, backbone.default_settings())
+
+
+def test_looks_are_changed_for_the_arms_that_have_them() -> None:
+    base, best, pruned, particles = with_looks(parse_arms("base,best-of-4,pruned-8,particles-4"), True, 1.0, 0.7)
+    assert (base, best) == (Arm.parse("base"), Arm.parse("best-of-4"))
+    assert (pruned.search.preview_by, pruned.search.keep, pruned.search.threshold) == ("reward", 1.0, 0.7)
+    assert particles.search == replace(SearchSettings.parse("particles-4"), preview_by="reward")

@@ -23,9 +23,10 @@ from spatialalign.lora import LoraPair, adapter_metadata, write_pairs
 from spatialalign.prompts import Prompt
 from spatialalign.tracking.detect import Detections
 from spatialalign.tracking.tracker import Tracker
-from training.evaluate import Evaluate, evaluate, read_prompts, spread, versions
+from training.evaluate import Evaluate, evaluate, read_prompts, spread
 from training.lora import Inspect, inspect
 from training.store import Store
+from training.versions import versions
 
 TYPES = ("LR", "RL", "LT")
 SEEDS = (7, 8)
