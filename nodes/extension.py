@@ -7,7 +7,9 @@ from comfy_api.latest import ComfyExtension, io
 from .bridges import TracksFromBoxes, TracksFromMasks
 from .dataset import CollectSample
 from .grounded_sam import LoadGroundedSam
+from .learned_rewards import JudgeByVlm, LoadVideoReward, LoadVlm, VideoRewardScore
 from .lora import LoadAlignedLora
+from .metrics import ClipMetrics
 from .miniature import LoadMiniature
 from .prompt import DsrFromSet, DsrFromText, DsrPrompt
 from .sampling import LoadLatentReward, RewardGuidance, RewardWeights
@@ -27,6 +29,11 @@ NODES: list[type[io.ComfyNode]] = [
     ScoreDsr,
     PickBest,
     ScoreSummary,
+    LoadVideoReward,
+    VideoRewardScore,
+    LoadVlm,
+    JudgeByVlm,
+    ClipMetrics,
     LoadAlignedLora,
     LoadLatentReward,
     RewardWeights,

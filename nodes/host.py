@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-MODEL_FOLDERS = ("grounding-dino", "sam2", "sams", "latent_rewards")
+MODEL_FOLDERS = ("grounding-dino", "sam2", "sams", "latent_rewards", "video_reward", "VLM", "dinov2")
 """Folders below ``models`` that the pack adds to the host's own list."""
 
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")

@@ -15,7 +15,8 @@ from ..spatialalign.score import DsrScore, dsr_score
 from ..spatialalign.summary import RULES, Rule, rank, ranking_text, score_by, summarise, summary_lines
 from ..spatialalign.tracks import Tracks
 from . import host
-from .sockets import DSR_SOCKET, SCORE_SOCKET, TRACKS_SOCKET, to_image
+from .sockets import DSR_SOCKET, SCORE_SOCKET, TRACKS_SOCKET, VALUES_SOCKET, to_image
+from .values import DEFAULT_WEIGHTS, Values, rank_mixed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,7 +101,7 @@ class PickBest(io.ComfyNode):
             category="SpatialAlign/Score",
             description=(
                 "Best of N: takes a list of clips with their scores and hands on the clip that scores highest, with "
-                "the ranking of all. INVALID clips come last."
+                "the ranking of all. INVALID clips come last. With values it ranks by a mix of rewards."
             ),
             inputs=[
                 io.Image.Input("clips", tooltip="A list of clips, such as the clips of GroundedSAM Track."),
@@ -118,12 +119,26 @@ class PickBest(io.ComfyNode):
                     optional=True,
                     tooltip="The latents of the clips: a list of one for each, or one batch that holds them all.",
                 ),
+                VALUES_SOCKET.Input(
+                    "values",
+                    optional=True,
+                    tooltip="Further rewards of each of the clips, of VideoReward Score, VLM Judge or Metrics.",
+                ),
+                io.String.Input(
+                    "weights",
+                    optional=True,
+                    default=DEFAULT_WEIGHTS,
+                    tooltip=(
+                        "What counts how much when values are connected; dsr is the score that by chooses. Each is "
+                        "first put on one scale: deviations from its mean over the clips. Below 0 less is better."
+                    ),
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="best", tooltip="The clip that scores highest."),
                 io.Int.Output(display_name="index", tooltip="Its place in the list, from 0."),
                 io.Float.Output(
-                    display_name="score", tooltip="Its score by the chosen rule; NaN when all are INVALID."
+                    display_name="score", tooltip="Its score by the chosen rule, or by the mix; NaN when none has one."
                 ),
                 io.String.Output(display_name="ranking", tooltip="All clips from best to worst, a line each."),
                 io.Latent.Output(
@@ -135,7 +150,13 @@ class PickBest(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, clips: list[Tensor], results: list[DsrScore], by: list[Rule], latents: list[dict[str, Any]] | None = None
+        cls,
+        clips: list[Tensor],
+        results: list[DsrScore],
+        by: list[Rule],
+        latents: list[dict[str, Any]] | None = None,
+        values: list[Values] | None = None,
+        weights: list[str] | None = None,
     ) -> io.NodeOutput:
         if len(clips) != len(results) or not clips:
             raise DataError(
@@ -143,16 +164,11 @@ class PickBest(io.ComfyNode):
                 "Track and the result of the DSR-Score behind it, one for each clip"
             )
         singles = _singles(latents, len(clips))
-        rule = by[0]
-        best = rank(results, rule)[0]
-        score = score_by(results[best], rule)
-        return io.NodeOutput(
-            clips[best],
-            best,
-            math.nan if score is None else score,
-            ranking_text(results, rule),
-            None if singles is None else singles[best],
-        )
+        if values is None:
+            best, score, ranking = _rank(results, by[0])
+        else:
+            best, score, ranking = rank_mixed(results, by[0], values, weights[0] if weights else DEFAULT_WEIGHTS)
+        return io.NodeOutput(clips[best], best, score, ranking, None if singles is None else singles[best])
 
 
 class ScoreSummary(io.ComfyNode):
@@ -200,6 +216,13 @@ class ScoreSummary(io.ComfyNode):
             plot,
             ui=_shown(cls, summary_lines(report), plot),
         )
+
+
+def _rank(results: list[DsrScore], rule: Rule) -> tuple[int, float, str]:
+    """Place of the best, its score (NaN when all are INVALID), and the ranking in words."""
+    best = rank(results, rule)[0]
+    score = score_by(results[best], rule)
+    return best, math.nan if score is None else score, ranking_text(results, rule)
 
 
 def _threshold_input(tooltip: str) -> io.Float.Input:

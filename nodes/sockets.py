@@ -22,6 +22,12 @@ GROUNDED_SAM_SOCKET = io.Custom("SPATIALALIGN_GROUNDED_SAM")
 """A detector and a segmenter, loaded through the host's model management."""
 REWARD_SOCKET = io.Custom("SPATIALALIGN_REWARD")
 """A :class:`~.rewards.Reward`: latent rewards, loaded through the host's model management, and their weights."""
+VIDEO_REWARD_SOCKET = io.Custom("SPATIALALIGN_VIDEO_REWARD")
+"""A :class:`~.learned_rewards.LoadedVideoReward`: a VideoReward, loaded through the host's model management."""
+VLM_SOCKET = io.Custom("SPATIALALIGN_VLM")
+"""A :class:`~.learned_rewards.LoadedVlm`: a chat model that sees, likewise."""
+VALUES_SOCKET = io.Custom("SPATIALALIGN_VALUES")
+"""A mapping of names to numbers of one clip, NaN where there is none: rewards for Pick Best to mix."""
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

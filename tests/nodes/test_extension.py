@@ -30,13 +30,18 @@ else:
 IDS = [
     *("SpatialAlignPrompt", "SpatialAlignParse", "SpatialAlignPromptSet", "SpatialAlignLoadGroundedSAM"),
     *("SpatialAlignTrack", "SpatialAlignTracksFromMasks", "SpatialAlignTracksFromBoxes", "SpatialAlignDrawTracks"),
-    *("SpatialAlignScore", "SpatialAlignPickBest", "SpatialAlignScoreSummary", "SpatialAlignLoadLora"),
+    *("SpatialAlignScore", "SpatialAlignPickBest", "SpatialAlignScoreSummary"),
+    *("SpatialAlignLoadVideoReward", "SpatialAlignVideoRewardScore", "SpatialAlignLoadVLM", "SpatialAlignVLMJudge"),
+    *("SpatialAlignMetrics", "SpatialAlignLoadLora"),
     *("SpatialAlignLoadReward", "SpatialAlignRewardWeights", "SpatialAlignRewardGuidance"),
     *("SpatialAlignBestOfNSampler", "SpatialAlignParticleSampler"),
     *("SpatialAlignCollect", "SpatialAlignLoadMiniature"),
 ]
 TAKE_LISTS = {"SpatialAlignPickBest", "SpatialAlignScoreSummary"}
-END_A_GRAPH = {"SpatialAlignScore", "SpatialAlignScoreSummary", "SpatialAlignCollect"}
+END_A_GRAPH = {
+    *("SpatialAlignScore", "SpatialAlignScoreSummary", "SpatialAlignCollect"),
+    *("SpatialAlignVideoRewardScore", "SpatialAlignVLMJudge", "SpatialAlignMetrics"),
+}
 _SEARCH = [False, False, False, True, False, False]
 GIVE_LISTS = {
     "SpatialAlignTrack": [True] * 5,

@@ -1,0 +1,96 @@
+"""Learned rewards under ComfyUI's memory management, and the example graph that mixes them, on tiny checkpoints."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).resolve().parents[1]
+PROMPT = "In a room, a cat is on the left of a box, then the cat walks to the right of the box."
+
+
+def beside(path: str) -> ModuleType:
+    """A file of the tests of another folder."""
+    spec = importlib.util.spec_from_file_location(f"host_beside_{path}", TESTS / path)
+    assert spec and spec.loader
+    loaded = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+video_reward_folder = beside("spatialalign/rewards/conftest.py").video_reward_folder
+server = beside("host/test_server.py").server
+
+
+def clip(count: int = 9) -> Any:
+    """IMAGE of noise whose values are whole 255ths."""
+    import torch
+
+    return torch.randint(0, 256, (count, 48, 64, 3), generator=torch.Generator().manual_seed(0)) / 255
+
+
+def test_video_reward(
+    comfy: Path,
+    module: Callable[[str], ModuleType],
+    execute: Callable[..., tuple[Any, ...]],
+    video_reward_folder: Callable[..., Path],
+) -> None:
+    """Loaded in inference mode, as the host runs nodes, moved by the host, and scored as the engine scores."""
+    import torch
+
+    from spatialalign.rewards.video_reward import load_video_reward
+    from spatialalign.video import Video
+
+    folder = video_reward_folder()
+    shutil.copytree(folder, comfy / "models" / "video_reward" / "mine")
+    nodes = module("nodes.learned_rewards")
+    loaded, report = execute(nodes.LoadVideoReward, model="mine", base="none", precision="float32")
+    assert report == "mine/checkpoint-10"
+    images = clip()
+    answer = execute(nodes.VideoRewardScore, video_reward=loaded, prompt=PROMPT, images=images, fps=8.0)
+    engine = load_video_reward(folder, dtype=torch.float32)
+    expected = engine.score([Video((images * 255).round().byte().numpy(), 8.0)], [PROMPT])[0]
+    assert answer[:4] == pytest.approx(expected.tolist(), rel=1e-4)
+    again = execute(nodes.VideoRewardScore, video_reward=loaded, prompt=PROMPT, images=images, fps=8.0)
+    assert again[:4] == answer[:4]
+
+
+def test_vlm_judge(
+    comfy: Path, module: Callable[[str], ModuleType], execute: Callable[..., tuple[Any, ...]], tiny_vlm: Path
+) -> None:
+    """Red shows the cat on the left, blue on the right; of grey it says "maybe"."""
+    import torch
+
+    shutil.copytree(tiny_vlm, comfy / "models" / "VLM" / "tiny")
+    nodes = module("nodes.learned_rewards")
+    (vlm,) = execute(nodes.LoadVlm, model="tiny", precision="float32")
+    colours = {name: torch.tensor(rgb) / 255 for name, rgb in (("red", (250.0, 30, 30)), ("blue", (30.0, 30, 250)))}
+    images = torch.stack([colours["red"].expand(16, 16, 3)] * 3 + [colours["blue"].expand(16, 16, 3)] * 3)
+    dsr = module("spatialalign.dsr").DSR.parse(PROMPT)
+    assert execute(nodes.JudgeByVlm, vlm=vlm, dsr=dsr, images=images, frames=3)[:3] == (True, 1, 1)
+    grey = execute(nodes.JudgeByVlm, vlm=vlm, dsr=dsr, images=torch.full((1, 16, 16, 3), 110 / 255), frames=1)
+    assert grey[0] is False and math.isnan(grey[1]) and math.isnan(grey[2])
+
+
+def test_the_example_mixes_rewards(server: Any, video_reward_folder: Callable[..., Path], repo_root: Path) -> None:
+    """Four clips, sampled, tracked, scored by geometry, by a random VideoReward and by smoothness."""
+    shutil.copytree(video_reward_folder(), server.base / "models" / "video_reward" / "VideoReward")
+    graph = json.loads((repo_root / "tests" / "workflows_api" / "video_reward.json").read_text(encoding="utf-8"))
+    outputs = server.run(graph)["outputs"]
+    by_kind = {graph[key]["class_type"]: shown for key, shown in outputs.items()}
+    assert len(by_kind["SpatialAlignVideoRewardScore"]["text"]) == 4
+    assert all(text.startswith("VQ ") for text in by_kind["SpatialAlignVideoRewardScore"]["text"])
+    assert len(set(by_kind["SpatialAlignMetrics"]["text"])) == 4
+    (ranking,) = by_kind["PreviewAny"]["text"]
+    lines = ranking.splitlines()
+    assert lines[0].startswith("by a mix of dsr 1, Overall 1, smoothness 0.2") and len(lines) == 5
+    assert sorted(line.split(":")[0].split(". ")[1] for line in lines[1:]) == [f"clip {i}" for i in range(4)]
