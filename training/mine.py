@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +13,11 @@ from spatialalign.files import write_json
 from spatialalign.score import DsrScore
 from spatialalign.store import WINNER_THRESHOLD, classify
 from training.cli import command
-from training.pairs import PromptPairs, manifest
+from training.labels import LabelTable, read_table
+from training.pair_rules import Judged, Rule, agreement, choose
+from training.pairs import Key, PromptPairs, Scores, manifest
 from training.stages import stage_log
-from training.store import Store
+from training.store import Sample, Store
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,36 @@ class Mine:
     out: Path | None = None
     """Where the list goes; null for pairs.json in the store."""
     score: Literal["official", "robust"] = "official"
-    """Which of the two scores decides."""
+    """Which of the two scores decides, unless labels do."""
     threshold: float | None = None
-    """A clip with at least this score wins, one below it loses; null for 0.7, or the robust score's own threshold."""
+    """A clip with at least this score wins, one below it loses; null for 0.7, the robust score's own threshold, or, of
+    labels, their mean."""
     model: str | None = None
     """Only clips that this model made, by the name their files record; null for all."""
+    rule: Rule = "threshold"
+    """threshold; margin: a prompt's best clips against its worst, each at least --margin above; best-worst: the best
+    one against the worst one."""
+    margin: float = 0.0
+    """Least difference between a winner and a loser, for the rules margin and best-worst."""
+    labels: Path | None = None
+    """File of training.label whose labels decide instead of the store's scores."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Weights of its dimensions, as {"dsr": 1, "VQ": 1}; they are standardised first. Needed if there are several."""
+
+    def __post_init__(self) -> None:
+        known = self.labels is not None
+        if self.threshold is not None and not known and not -1 < self.threshold <= 1:
+            raise ConfigError(f"threshold must be in (-1, 1], found {self.threshold}")
+        if self.threshold is not None and self.rule != "threshold":
+            raise ConfigError(f"rule {self.rule} knows no threshold; leave threshold out, or use rule threshold")
+        if not (0 < self.margin or (self.margin == 0 and self.rule != "margin")):
+            raise ConfigError(f"margin must be above 0 for rule margin, and never below, found {self.margin}")
+        if self.margin > 0 and self.rule == "threshold":
+            raise ConfigError("rule threshold knows no margin; leave margin out, or use rule margin or best-worst")
+        if known and self.score != "official":
+            raise ConfigError(f"score {self.score} does not decide where labels do; leave one of them out")
+        if self.weights and not known:
+            raise ConfigError("weights are those of labels; give --labels, which training.label writes")
 
 
 @dataclass
@@ -43,14 +71,19 @@ class Mined:
     invalid: int = 0
     only_winners: int = 0
     only_losers: int = 0
+    too_close: int = 0
     unusable: list[tuple[str, str]] = field(default_factory=list)
 
     def statistics(self) -> dict[str, Any]:
-        """Counts for the manifest; winners and losers are those of the whole store."""
+        """Counts for the manifest.
+
+        By the rule threshold, winners and losers are those of the whole store, by the others those in pairs.
+        """
         return {
             "prompts_with_pairs": len(self.prompts),
             "prompts_with_winners_only": self.only_winners,
             "prompts_with_losers_only": self.only_losers,
+            "prompts_too_close": self.too_close,
             "pairs": sum(len(p.winners) * len(p.losers) for p in self.prompts),
             "winners": self.winners,
             "losers": self.losers,
@@ -64,7 +97,7 @@ class Mined:
         lines = [
             f"mine: {counts['pairs']} pairs from {len(self.prompts)} prompts ({self.winners} winners, {self.losers} "
             f"losers, {self.invalid} INVALID, {len(self.unusable)} unusable; {self.only_winners} prompts had winners "
-            f"only, {self.only_losers} losers only)"
+            f"only, {self.only_losers} losers only, {self.too_close} clips that differ too little)"
         ]
         return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.unusable[:20]])
 
@@ -74,43 +107,58 @@ def mine(
     score: Literal["official", "robust"] = "official",
     threshold: float | None = None,
     model: str | None = None,
+    rule: Rule = "threshold",
+    margin: float = 0.0,
+    labels: Scores | None = None,
 ) -> Mined:
-    """Classify every sample (methods: official train.py) and keep prompts with at least one winner and one loser.
+    """Judge every sample and sort each prompt's by a rule; keep prompts with at least one winner and one loser.
 
-    A sample without score, of another model than ``model``, or whose latents cannot be trained on, is left out with its
-    reason.
+    The default is the paper's way (methods: official train.py). ``labels`` decide instead of the store's scores; a clip
+    without one counts as INVALID. A sample without score, of another model than ``model``, or whose latents cannot be
+    trained on, is left out with its reason.
 
     Raises:
         DataError: no winners or no losers, or none for the same prompt; with counts and what to do.
     """
     found = Mined()
     for prompt in store.prompts():
-        sides: dict[str, list[int]] = {"winner": [], "loser": []}
+        clips: list[Judged] = []
         for sample in store.samples(prompt.prompt_id):
             try:
-                side = classify(*_value(sample.read_score(), score, threshold))
+                clip = _judged(sample, score, threshold, labels)
                 if model is not None and (made_by := sample.read_header().model) != model:
                     raise DataError(f"made by {made_by}, not by {model}")
-                if side is not None:
+                if clip is not None:
                     sample.read_latents()
                     store.read_text(prompt.prompt_id)
             except DataError as error:
                 found.unusable.append((sample.name, str(error)))
                 continue
-            if side is None:
+            if clip is None:
                 found.invalid += 1
             else:
-                sides[side].append(sample.seed)
-        winners, losers = tuple(sides["winner"]), tuple(sides["loser"])
+                clips.append(clip)
+        winners, losers = choose(clips, rule, margin)
         found.winners, found.losers = found.winners + len(winners), found.losers + len(losers)
         if winners and losers:
             found.prompts.append(PromptPairs(prompt.prompt_id, winners, losers))
-        elif winners or losers:
+        elif rule == "threshold":
             found.only_winners += bool(winners)
             found.only_losers += bool(losers)
+        else:
+            found.too_close += bool(clips)
     if not found.prompts:
         raise DataError(_nothing_found(store, found))
     return found
+
+
+def _judged(sample: Sample, which: str, threshold: float | None, labels: Scores | None) -> Judged | None:
+    """A clip with the score that decides about it; None for an INVALID clip, or one without a label."""
+    if labels is not None:
+        value = labels.get((sample.prompt_id, sample.seed))
+        return None if value is None else Judged(sample.seed, value, threshold or 0.0)
+    value, least = _value(sample.read_score(), which, threshold)
+    return None if value is None or classify(value, least) is None else Judged(sample.seed, value, least)
 
 
 def _value(score: DsrScore, which: str, threshold: float | None) -> tuple[float | None, float]:
@@ -127,6 +175,8 @@ def _nothing_found(store: Store, found: Mined) -> str:
         f"{found.winners} winners, {found.losers} losers, {found.invalid} INVALID and {len(found.unusable)} unusable "
         f"clips in {store.root}"
     )
+    if found.too_close:
+        return f"no prompt has clips that differ enough: {counts}; generate more seeds per prompt, or lower --margin"
     if not (found.winners or found.losers or found.invalid):
         first = f" (the first, {found.unusable[0][0]}: {found.unusable[0][1]})" if found.unusable else ""
         return f"no clip can be used: {counts}{first}; run training.generate and training.score first"
@@ -137,17 +187,37 @@ def _nothing_found(store: Store, found: Mined) -> str:
     return f"no prompt has both a winner and a loser: {counts}; generate more seeds per prompt"
 
 
+def mixed_labels(table: LabelTable, weights: Mapping[str, float]) -> dict[Key, float]:
+    """The labels that decide: those of the only dimension, or several mixed; standardised in either case.
+
+    Raises:
+        ConfigError: several dimensions and no weights.
+    """
+    if not weights and len(table.names) > 1:
+        example = json.dumps(dict.fromkeys(table.names, 1))
+        raise ConfigError(f"the labels have the dimensions {', '.join(table.names)}; give --weights, as '{example}'")
+    return table.mixed(weights or {table.names[0]: 1.0})
+
+
 def run(args: Mine) -> Mined:
     """Mine and write the manifest."""
-    if args.threshold is not None and not -1 < args.threshold <= 1:
-        raise ConfigError(f"threshold must be in (-1, 1], found {args.threshold}")
     store = Store(args.store)
-    found = mine(store, args.score, args.threshold, args.model)
-    rule = {"score": args.score, "threshold": args.threshold, "model": args.model}
+    rule: dict[str, Any] = {"score": args.score, "threshold": args.threshold, "model": args.model}
+    rule |= {"rule": args.rule, "margin": args.margin}
+    table = None if args.labels is None else read_table(args.labels)
+    labels = None if table is None else mixed_labels(table, args.weights)
+    found = mine(store, args.score, args.threshold, args.model, args.rule, args.margin, labels)
+    if table is not None:
+        shares = {name: agreement(found.prompts, table.column(name)) for name in table.names}  # None: not known
+        rule |= {"score": "labels", "labels": str(args.labels), "weights": args.weights, "winner_is_better": shares}
     path = args.out or args.store / "pairs.json"
-    write_json(path, manifest(found.prompts, {**rule, **found.statistics()}))
+    write_json(path, manifest(found.prompts, {**rule, **found.statistics()}, labels))
     stage_log(store.root, "mine").write({"event": "end", **rule, **found.statistics()})
-    print(f"{found.text()}\n{path}")
+    print(found.text())
+    for name, share in rule.get("winner_is_better", {}).items():
+        if share is not None:
+            print(f"  the winner has the better {name} in {100 * share:.1f} % of the pairs")
+    print(path)
     return found
 
 

@@ -14,6 +14,11 @@ import numpy as np
 from spatialalign.errors import ConfigError, DataError
 from spatialalign.files import read_json
 
+Key = tuple[str, int]
+"""A clip: prompt id and seed."""
+Scores = Mapping[Key, float]
+"""Scores of clips."""
+
 FORMAT = "1"
 _STREAMS = {"train": 0, "held-out": 1}
 
@@ -63,24 +68,44 @@ def read_pairs(path: str | Path) -> tuple[tuple[PromptPairs, ...], str]:
         raise DataError(f"{path} is not a pair manifest ({error!r}); write it with python -m training.mine") from error
     if not prompts:
         raise DataError(f"{path} lists no prompts; mine again from a store with winners and losers")
-    return prompts, digest(prompts)
+    return prompts, digest(prompts, value.get("scores"))
 
 
-def scored_by(path: str | Path) -> str:
-    """Which score decided about the winners of a manifest: ``"official"`` or ``"robust"``."""
-    return str(read_json(path).get("statistics", {}).get("score", "official"))
+def scored_by(path: str | Path) -> str | Scores:
+    """What decided about the winners of a manifest: the store's ``"official"`` or ``"robust"`` score, or labels.
+
+    Labels stand in the manifest itself, and come back as the scores of its clips.
+
+    Raises:
+        DataError: the manifest's scores are damaged.
+    """
+    value = read_json(path)
+    if "scores" not in value:
+        return str(value.get("statistics", {}).get("score", "official"))
+    try:
+        rows = value["scores"].items()
+        return {(name, int(seed)): float(score) for name, row in rows for seed, score in row.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise DataError(f"{path} has damaged scores ({error}); write it with python -m training.mine") from error
 
 
-def digest(prompts: Sequence[PromptPairs]) -> str:
-    """Sixteen hexadecimal digits that change with any prompt, winner or loser."""
-    rows = [[entry.prompt_id, entry.winners, entry.losers] for entry in prompts]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+def digest(prompts: Sequence[PromptPairs], scores: Mapping[str, Mapping[str, float]] | None = None) -> str:
+    """Sixteen hexadecimal digits that change with any prompt, winner, loser, or score in the manifest."""
+    rows: list[Any] = [[entry.prompt_id, entry.winners, entry.losers] for entry in prompts]
+    rows += [] if scores is None else [scores]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def manifest(prompts: Sequence[PromptPairs], statistics: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON value of a pair manifest."""
+def manifest(
+    prompts: Sequence[PromptPairs], statistics: Mapping[str, Any], scores: Scores | None = None
+) -> dict[str, Any]:
+    """The JSON value of a pair manifest; ``scores`` where labels decided, and not a score of the store."""
     rows = [{"prompt_id": p.prompt_id, "winners": list(p.winners), "losers": list(p.losers)} for p in prompts]
-    return {"format": FORMAT, "digest": digest(prompts), "statistics": dict(statistics), "prompts": rows}
+    kept = None
+    if scores is not None:
+        kept = {p.prompt_id: {str(s): scores[p.prompt_id, s] for s in (*p.winners, *p.losers)} for p in prompts}
+    value = {"format": FORMAT, "digest": digest(prompts, kept), "statistics": dict(statistics), "prompts": rows}
+    return value if kept is None else {**value, "scores": kept}
 
 
 class PairStream:

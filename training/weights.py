@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,13 +13,10 @@ from numpy.typing import NDArray
 from spatialalign.errors import DataError
 from training.config import TrainSettings
 from training.losses import Weights
-from training.pairs import PreferencePair, PromptPairs
+from training.pairs import PreferencePair, PromptPairs, Scores
 
 if TYPE_CHECKING:
     from training.store import Store
-
-Scores = Mapping[tuple[str, int], float]
-"""Score of a clip by prompt id and seed."""
 
 BIN = 0.1
 """Width of the bins in which scores count as equally rare."""
@@ -102,17 +99,25 @@ class Weighting:
 
 
 def weighting(
-    store: Store, train: Sequence[PromptPairs], held_out: Sequence[PromptPairs], settings: TrainSettings, which: str
+    store: Store,
+    train: Sequence[PromptPairs],
+    held_out: Sequence[PromptPairs],
+    settings: TrainSettings,
+    which: str | Scores,
 ) -> Weighting | None:
-    """The weighting that the settings ask for, if any; ``which`` names the score that decided about winners."""
+    """The weighting that the settings ask for, if any; ``which`` is :func:`~training.pairs.scored_by` of the pairs."""
     if settings.pair_weight == "none" and settings.arm != "rwr":
         return None
     return Weighting(train, held_out, read_scores(store, [*train, *held_out], which), settings)
 
 
-def read_scores(store: Store, prompts: Sequence[PromptPairs], which: str) -> dict[tuple[str, int], float]:
-    """The scores of the prompts' clips; raises :class:`DataError` naming a clip that has none."""
+def read_scores(store: Store, prompts: Sequence[PromptPairs], which: str | Scores) -> dict[tuple[str, int], float]:
+    """The scores of the prompts' clips, of the store or as given; raises :class:`DataError` naming a clip without."""
     scores = {}
+    if not isinstance(which, str):
+        if missing := [key for prompt in prompts for key in _clips(prompt) if key not in which]:
+            raise DataError(f"the pairs hold no score of clip {missing[0][0]}/{missing[0][1]}; run training.mine again")
+        return dict(which)
     for prompt in prompts:
         for key in _clips(prompt):
             sample = store.sample(*key)

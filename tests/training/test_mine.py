@@ -15,7 +15,7 @@ from spatialalign.prompts import Prompt
 from spatialalign.score import DsrScore, Limits, dsr_score
 from spatialalign.tracks import Tracks
 from training.mine import main, mine
-from training.pairs import PromptPairs, read_pairs
+from training.pairs import PromptPairs, read_pairs, scored_by
 from training.store import LatentsHeader, Store
 
 TEXT = "In a quiet room, a {} is on the left of a box, then the {} walks to the right of the box."
@@ -144,3 +144,97 @@ def test_the_robust_score_decides_on_request(store: Store) -> None:
     assert len(mine(store).prompts) == 1
     with pytest.raises(ValueError, match="0 winners, 0 losers, 2 INVALID"):
         mine(store, "robust")
+
+
+def labels_file(path: Path, columns: dict[str, dict[int, list[float | None]]]) -> Path:
+    """A file of labels: by dimension, then by prompt, in the order of seeds."""
+    keys = [(n, seed) for n, values in next(iter(columns.values())).items() for seed in range(len(values))]
+    rows = [",".join(["prompt_id", "seed", *columns])]
+    for number, seed in keys:
+        cells = [columns[name][number][seed] for name in columns]
+        rows.append(",".join([f"{number:04d}_LR", str(seed), *("" if c is None else str(c) for c in cells)]))
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def test_best_against_worst_and_margin_on_the_scores_of_the_store(store: Store) -> None:
+    fill(store, {1: [0.45, 0.9, None, 0.1], 2: [0.4, 0.3], 3: [0.6], 4: [None]})
+    found = mine(store, rule="best-worst")
+    assert found.prompts == [PromptPairs("0001_LR", (1,), (3,)), PromptPairs("0002_LR", (0,), (1,))]
+    assert (found.winners, found.losers, found.invalid, found.too_close) == (2, 2, 2, 1)
+    assert mine(store, rule="margin", margin=0.4).prompts == [PromptPairs("0001_LR", (1,), (0, 3))]
+    with pytest.raises(ValueError, match=r"no prompt has clips that differ enough: .*lower --margin"):
+        mine(store, rule="best-worst", margin=0.85)
+
+
+def test_clips_that_are_all_alike_are_not_called_unscored(store: Store) -> None:
+    fill(store, {1: [0.5, 0.5]})
+    with pytest.raises(ValueError, match="no prompt has clips that differ enough"):
+        mine(store, rule="best-worst")
+
+
+def test_labels_decide_in_standard_deviations_and_go_into_the_manifest(store: Store, tmp_path: Path) -> None:
+    """The store's scores say the opposite and are not looked at; a clip without a label takes no part.
+
+    Every label is 0.1 from its prompt's mean, and the mean of all is 0.65.
+    """
+    fill(store, {1: [0.0, 1.0, 1.0], 2: [0.1, 0.9]})
+    labels = labels_file(tmp_path / "labels.csv", {"VQ": {1: [0.7, 0.5, None], 2: [0.8, 0.6]}})
+    out = tmp_path / "pairs.json"
+    main(["--store", str(store.root), "--labels", str(labels), "--out", str(out), "--rule", "best-worst"])
+    expected = (PromptPairs("0001_LR", (0,), (1,)), PromptPairs("0002_LR", (0,), (1,)))
+    assert read_pairs(out)[0] == expected
+    scores = scored_by(out)
+    assert scores == {
+        ("0001_LR", 0): pytest.approx(0.5),
+        ("0001_LR", 1): pytest.approx(-1.5),
+        ("0002_LR", 0): pytest.approx(1.5),
+        ("0002_LR", 1): pytest.approx(-0.5),
+    }
+    main(["--store", str(store.root), "--labels", str(labels), "--out", str(out)])
+    assert read_pairs(out)[0] == expected  # the mean, 0.65, lies between
+    with pytest.raises(SystemExit):
+        main(["--store", str(store.root), "--labels", str(labels), "--out", str(out), "--threshold", "1.6"])
+    assert read_pairs(out)[0] == expected
+
+
+def test_a_mix_of_dimensions_relabels_the_pairs(store: Store, tmp_path: Path) -> None:
+    """By VQ alone clip 0 wins, by TA alone clip 1, mixed 3:1 again clip 0; the manifest tells how often each agrees."""
+    fill(store, {1: [0.9, 0.1]})
+    labels = labels_file(tmp_path / "labels.csv", {"VQ": {1: [3.0, 1.0]}, "TA": {1: [10.0, 20.0]}})
+    common = ["--store", str(store.root), "--labels", str(labels), "--rule", "best-worst"]
+    for weights, winner in (('{"VQ": 1}', 0), ('{"TA": 1}', 1), ('{"VQ": 3, "TA": 1}', 0), ('{"VQ": 1, "TA": 3}', 1)):
+        main([*common, "--weights", weights])
+        assert read_pairs(store.root / "pairs.json")[0] == (PromptPairs("0001_LR", (winner,), (1 - winner,)),)
+    statistics = json.loads((store.root / "pairs.json").read_text())["statistics"]
+    assert statistics["winner_is_better"] == {"VQ": 0.0, "TA": 1.0}
+    assert (statistics["score"], statistics["weights"]) == ("labels", {"VQ": 1, "TA": 3})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rule", "margin"], "margin must be above 0"),
+        (["--margin", "0.1"], "rule threshold knows no margin"),
+        (["--rule", "best-worst", "--threshold", "0.5"], "knows no threshold"),
+        (["--rule", "best-worst", "--margin", "-1"], "margin must be above 0"),
+        (["--weights", '{"VQ": 1}'], "give --labels"),
+        (["--labels", "labels.csv", "--score", "robust"], "does not decide where labels do"),
+        (["--labels", "two.csv"], r"dimensions VQ, TA; give --weights, as '{\"VQ\": 1, \"TA\": 1}'"),
+    ],
+)
+def test_options_that_contradict(
+    store: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    labels_file(Path("two.csv"), {"VQ": {1: [3.0, 1.0]}, "TA": {1: [10.0, 20.0]}})
+    with pytest.raises(SystemExit):
+        main(["--store", str(store.root), *options])
+    import re
+
+    assert re.search(message, capsys.readouterr().err)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from spatialalign.errors import ConfigError, DataError
 from spatialalign.files import write_json
-from training.pairs import PairStream, PromptPairs, digest, manifest, read_pairs, split_pairs
+from training.pairs import PairStream, PromptPairs, digest, manifest, read_pairs, scored_by, split_pairs
 
 PROMPTS = (PromptPairs("a", (0,), (1, 2, 3)), PromptPairs("b", (4, 5), (6,)))
 
@@ -61,6 +61,27 @@ def test_manifest_round_trip(tmp_path: Path) -> None:
     write_json(tmp_path / "pairs.json", manifest(PROMPTS, {"samples": 7}))
     assert read_pairs(tmp_path / "pairs.json") == (PROMPTS, digest(PROMPTS))
     assert digest(PROMPTS) != digest(PROMPTS[:1])
+
+
+def test_a_manifest_keeps_the_labels_of_its_clips_and_no_others(tmp_path: Path) -> None:
+    path, clips = tmp_path / "pairs.json", [(p.prompt_id, s) for p in PROMPTS for s in (*p.winners, *p.losers)]
+    scores = {clip: -0.1 * number for number, clip in enumerate(clips)}
+    write_json(path, manifest(PROMPTS, {"score": "labels"}, {**scores, ("a", 99): 1.0, ("c", 0): 1.0}))
+    prompts, first = read_pairs(path)
+    assert prompts == PROMPTS
+    assert scored_by(path) == scores
+    write_json(path, manifest(PROMPTS, {"score": "labels"}, {**scores, ("b", 4): 9.0}))
+    assert read_pairs(path)[1] != first  # Flow-RWR's weights follow from them
+
+
+def test_what_decided_about_a_manifest_without_labels(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.json"
+    for statistics, expected in (({}, "official"), ({"score": "robust"}, "robust")):
+        write_json(path, manifest(PROMPTS, statistics))
+        assert scored_by(path) == expected
+    write_json(path, {**manifest(PROMPTS, {}), "scores": {"a": {"zero": 1.0}}})
+    with pytest.raises(DataError, match="damaged scores"):
+        scored_by(path)
 
 
 @pytest.mark.parametrize(

@@ -107,3 +107,14 @@ def test_no_scores_are_read_unless_weights_are_wanted(paired_store: Store) -> No
         weighting(paired_store, prompts, [], TrainSettings(pair_weight="margin"), "official")
     with pytest.raises(DataError, match=r"0001_LR/0/score\.json"):
         read_scores(paired_store, prompts, "robust")
+
+
+def test_labels_of_the_pairs_weigh_instead_of_the_store(paired_store: Store) -> None:
+    """Advantages of labels 3 and 1 are 1 and -1."""
+    prompts, labels = [PromptPairs("0001_LR", (0,), (1,))], {("0001_LR", 0): 3.0, ("0001_LR", 1): 1.0}
+    weights = weighting(paired_store, prompts, [], TrainSettings(arm="rwr"), labels)
+    assert weights is not None
+    of = weights.of([PreferencePair("0001_LR", 0, 1)])
+    assert (of.winner.item(), of.loser.item()) == pytest.approx((math.e, 1 / math.e))
+    with pytest.raises(DataError, match="no score of clip 0001_LR/2"):
+        read_scores(paired_store, [PromptPairs("0001_LR", (0,), (1, 2))], labels)
