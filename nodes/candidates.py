@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from ..spatialalign.search_drivers import SearchResult
+    from ..spatialalign.search_work import SearchResult
 
 SHEET_CLIPS, TILE = 16, 120
 """How many of the best clips the contact sheet shows, and how wide a frame is on it, in pixels."""
@@ -83,7 +83,7 @@ class Candidates:
         self.evaluations += 1
         self._bar.update(min(int(self.evaluations), self._total), preview)
 
-    def preview(self, x0: Tensor, rows: Sequence[int]) -> list[float | None]:
+    def preview(self, x: Tensor, x0: Tensor, step: int, rows: Sequence[int]) -> list[float | None]:
         """Scores of predicted clips."""
         return [score_by(self._judge(self._stretches.latent(clip[None]))[1], self._judge.rule) for clip in x0]
 

@@ -1,8 +1,8 @@
 """Search at sampling time: what is chosen of several candidates. Settings and the maths, on plain arrays.
 
-Kinds: best-of-N takes N clips to the end and keeps the best. Pruned best-of-N scores the clean clips predicted part of
-the way and takes the better share on. Particles (Feynman-Kac steering, arXiv 2501.06848) are scored several times on
-the way and resampled by it. The ways themselves are in :mod:`.search_drivers`.
+Kinds: best-of-N takes N clips to the end and keeps the best. Pruned best-of-N scores the clips part of the way, or
+their noise, and takes the better share on. Particles (Feynman-Kac steering, arXiv 2501.06848) are scored several times
+on the way and resampled by it. The ways themselves are in :mod:`.search_drivers`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SearchKind = Literal["none", "best-of-n", "pruned", "particles"]
 Potential = Literal["max", "difference", "sum"]
+PreviewBy = Literal["tracker", "reward"]
 Floats = NDArray[np.float64]
 
 INVALID_REWARD = 0.0
@@ -31,11 +32,12 @@ INVALID_REWARD = 0.0
 
 _FORM = re.compile(r"(best-of|pruned|particles)-([1-9]\d*)")
 _NAMES: dict[str, SearchKind] = {"best-of": "best-of-n", "pruned": "pruned", "particles": "particles"}
+_LOOK = ("preview", "preview_by", "preview_frames")
 _MATTERS: dict[SearchKind, tuple[str, ...]] = {
     "none": (),
     "best-of-n": ("threshold",),
-    "pruned": ("keep", "preview", "preview_frames", "threshold"),
-    "particles": ("preview", "preview_frames", "resample_every", "ess", "potential", "temperature", "eta"),
+    "pruned": ("keep", *_LOOK, "threshold"),
+    "particles": (*_LOOK, "resample_every", "ess", "potential", "temperature", "eta"),
 }
 
 
@@ -47,8 +49,11 @@ class SearchSettings:
         kind: "none" makes one clip.
         candidates: N, how many are begun.
         keep: share of the candidates that survives the pruning, in (0, 1]; at least one does.
-        preview: share of the steps, in (0, 1), after which the predicted clean clip is first scored.
-        preview_frames: how many frames of it, evenly spaced, are tracked; None for all.
+        preview: share of the steps, in (0, 1), after which the clips are first scored; pruning by a reward may do it at
+            0, by their noise. None for that, for 0.125 with particles by a reward, and for 0.25 by the tracker.
+        preview_by: what scores clips on the way: "tracker" tracks the predicted clean ones, "reward" asks a latent
+            reward of the noisy ones.
+        preview_frames: how many frames of a predicted clip, evenly spaced, are tracked; None for all.
         threshold: a score that is good enough, so that no further candidates are taken on; None for never.
         resample_every: share of the steps between two scorings of the particles, in (0, 1].
         ess: particles are resampled when their effective sample size is below this share of N, in [0, 1].
@@ -60,26 +65,30 @@ class SearchSettings:
     kind: SearchKind = "none"
     candidates: int = 1
     keep: float = 0.5
-    preview: float = 0.25
+    preview: float | None = None
+    preview_by: PreviewBy = "tracker"
     preview_frames: int | None = None
     threshold: float | None = None
     resample_every: float = 0.25
     ess: float = 0.5
     potential: Potential = "max"
     temperature: float = 0.1
-    eta: float = 0.5
+    eta: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, value, names in (("kind", self.kind, SearchKind), ("potential", self.potential, Potential)):
+        for name, names in (("kind", SearchKind), ("potential", Potential), ("preview_by", PreviewBy)):
+            value = getattr(self, name)
             if value not in get_args(names):
                 raise ConfigError(f"search: {name} must be one of {', '.join(get_args(names))}, found {value!r}")
         if self.candidates < 1 or (self.kind == "none" and self.candidates > 1):
             expected = "1 for the kind none" if self.kind == "none" else "at least 1"
             raise ConfigError(f"search: candidates must be {expected}, found {self.candidates}")
-        if self.preview_frames is not None and self.preview_frames < 2:
-            raise ConfigError(f"search: preview_frames must be at least 2 or left out, found {self.preview_frames}")
-        if not 0 < self.preview < 1:
-            raise ConfigError(f"search: preview must be between 0 and 1, found {self.preview}")
+        if self.preview_frames is not None and (self.preview_frames < 2 or self.preview_by == "reward"):
+            expected = "left out, as a reward tracks none" if self.preview_by == "reward" else "at least 2 or left out"
+            raise ConfigError(f"search: preview_frames must be {expected}, found {self.preview_frames}")
+        if not (0 < self.first_look < 1 or (self.first_look == 0 and self._sees_noise)):
+            expected = "at least 0 and below 1" if self._sees_noise else "between 0 and 1"
+            raise ConfigError(f"search: preview must be {expected}, found {self.preview}")
         for name in ("keep", "resample_every", "eta"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(f"search: {name} must be above 0 and at most 1, found {getattr(self, name)}")
@@ -119,20 +128,38 @@ class SearchSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """What matters for the kind, as plain JSON values."""
-        values = asdict(self)
+        values = asdict(self) | {"preview": self.first_look}
         return {field: values[field] for field in ("kind", "candidates", *_MATTERS[self.kind])}
 
+    @property
+    def looks(self) -> bool:
+        """Whether clips are scored on the way."""
+        return self.kind in ("pruned", "particles")
+
+    @property
+    def first_look(self) -> float:
+        """``preview``, or what stands for it."""
+        if self.preview is not None:
+            return self.preview
+        if self.preview_by == "reward":
+            return 0.0 if self.kind == "pruned" else 0.125
+        return 0.25
+
+    @property
+    def _sees_noise(self) -> bool:
+        return self.kind == "pruned" and self.preview_by == "reward"
+
     def events(self, steps: int) -> tuple[int, ...]:
-        """After how many of the steps predicted clips are scored: once when pruning, several times for particles.
+        """After how many of the steps clips are scored: once when pruning, several times for particles.
 
         Raises:
             ConfigError: one step, which leaves no way to go after a first look.
         """
-        if self.kind not in ("pruned", "particles"):
+        if not self.looks:
             return ()
         if steps < 2:
             raise ConfigError(f"search {self.text} needs at least 2 sampling steps, found {steps}; take best-of-n")
-        first = min(max(1, round(self.preview * steps)), steps - 1)
+        first = min(max(1, round(self.first_look * steps)), steps - 1) if self.first_look else 0
         if self.kind == "pruned":
             return (first,)
         distance = max(1, round(self.resample_every * steps))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from spatialalign.backbones.base import Backbone
 from spatialalign.backbones.sampling import Flow
 from spatialalign.errors import SpatialAlignError
 from spatialalign.prompts import Prompt
+from spatialalign.rewards.latent import LatentReward
 from spatialalign.score import DsrScore, dsr_score
 from spatialalign.search import preview_rows
 from spatialalign.tracking.tracker import Tracker
@@ -22,31 +25,36 @@ from training.store import Sample
 
 
 class Candidates:
-    """A ``Sampling`` of :mod:`spatialalign.search_drivers`: one row for each candidate of each clip."""
+    """A ``Sampling`` of :mod:`spatialalign.search_work`: one row for each candidate of each clip."""
 
     def __init__(
         self,
         backbone: Backbone,
         flow: Flow,
+        text: Sequence[Tensor],
         prompts: Sequence[Prompt],
         tracker: Tracker | None,
         folder: Path,
         preview_frames: int | None,
         log: JsonlLog,
+        reward: LatentReward | None = None,
     ) -> None:
         """Prepare for one search.
 
         Args:
             backbone: decodes.
             flow: steps; its texts are those of the rows.
+            text: embeddings of the prompts.
             prompts: one per row.
             tracker: finds subject and object; needed as soon as something is scored.
             folder: where videos and tracks of finished candidates wait, on the store's disk.
             preview_frames: how many frames of a predicted clip are tracked; None for all.
             log: of clips that could not be scored.
+            reward: scores clips on the way by its dimension ``dsr``; None for the tracker.
         """
-        self._backbone, self._flow, self._prompts, self._tracker = backbone, flow, prompts, tracker
-        self._folder, self._preview_frames, self._log = folder, preview_frames, log
+        self._backbone, self._flow, self._text, self._prompts = backbone, flow, text, prompts
+        self._tracker, self._folder, self._preview_frames, self._log = tracker, folder, preview_frames, log
+        self._reward, self._asked = reward, 0
         self._scores: dict[int, tuple[DsrScore, str]] = {}
 
     @property
@@ -56,8 +64,8 @@ class Candidates:
 
     @property
     def evaluations(self) -> float:
-        """Passes of the transformer so far, counted for every clip."""
-        return self._flow.evaluations
+        """Passes of the transformer so far, counted for every clip; the reward's are its share of one."""
+        return self._flow.evaluations + (0.0 if self._reward is None else self._asked * self._reward.blocks_share)
 
     def advance(self, x: Tensor, first: int, last: int, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Some steps; both results on the CPU."""
@@ -70,9 +78,17 @@ class Candidates:
         """DSR-Scores of finished clips, each tracked in its video as that is stored, compression and all."""
         return [self._attempt(clip, row, finished=True) for clip, row in zip(x0, rows, strict=True)]
 
-    def preview(self, x0: Tensor, rows: Sequence[int]) -> list[float | None]:
-        """DSR-Scores of predicted clips, tracked in some of their frames."""
-        return [self._attempt(clip, row, finished=False) for clip, row in zip(x0, rows, strict=True)]
+    def preview(self, x: Tensor, x0: Tensor, step: int, rows: Sequence[int]) -> list[float | None]:
+        """DSR-Scores that the reward expects of noisy clips, or those of predicted clips, tracked in some frames."""
+        if self._reward is None:
+            return [self._attempt(clip, row, finished=False) for clip, row in zip(x0, rows, strict=True)]
+        self._asked += len(rows)
+        levels = torch.full((len(x),), self.sigmas[step], device=self._backbone.device)
+        text = [self._text[row].to(levels.device) for row in rows]
+        with torch.no_grad():
+            values = self._reward(x.to(levels.device), levels, text).values
+        expected = values[:, self._reward.dimensions.index("dsr")].tolist()
+        return [value if math.isfinite(value) else None for value in expected]
 
     def deliver(self, row: int, latents: Tensor, sample: Sample) -> None:
         """Give a sample, whose latents are written, the video of a finished row, and tracks and score if it has any."""

@@ -14,6 +14,7 @@ from spatialalign.errors import ConfigError, ModelError
 if TYPE_CHECKING:
     from spatialalign.backbones.base import Backbone
     from spatialalign.guidance import GuidanceSettings, RewardGuidance
+    from spatialalign.rewards.latent import LatentReward
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class GuideSpec:
     @property
     def name(self) -> str:
         """Changes with the files' content, the weights and every setting."""
-        files = [(hashlib.sha256(path.read_bytes()).hexdigest(), weight) for path, weight in self.rewards]
+        files = [(digest(path), weight) for path, weight in self.rewards]
         settings = json.dumps([files, _plain(self.settings)], sort_keys=True)
         return f"guidance:{hashlib.sha256(settings.encode()).hexdigest()[:12]}@{self.settings.strength:g}"
 
@@ -82,11 +83,8 @@ class GuideSpec:
             ModelError: a reward made for other latents or texts.
         """
         from spatialalign.guidance import RewardGuidance
-        from spatialalign.rewards.latent import check_fits, load_reward
 
-        loaded = [load_reward(path, backbone.device, backbone.dtype) for path, _ in self.rewards]
-        for reward in loaded:
-            check_fits(reward, backbone.latent_space, text_dim)
+        loaded = [load_fitting(path, backbone, text_dim) for path, _ in self.rewards]
         known = {name for reward in loaded for name in reward.dimensions}
         if unknown := sorted(set(self.settings.weights) - known):
             raise ConfigError(f"no reward has the dimension {unknown[0]!r}; there are {', '.join(sorted(known))}")
@@ -95,6 +93,34 @@ class GuideSpec:
             for reward, (_, factor) in zip(loaded, self.rewards, strict=True)
         ]
         return lambda sigmas: RewardGuidance(loaded, self.settings, sigmas, weights)
+
+
+def load_fitting(path: Path, backbone: Backbone, text_dim: int) -> LatentReward:
+    """Load a reward for a generator whose text embeddings are so wide.
+
+    Raises:
+        ModelError: no such file, no latent reward, or one made for other latents or texts.
+    """
+    from spatialalign.rewards.latent import check_fits, load_reward
+
+    reward = load_reward(path, backbone.device, backbone.dtype)
+    check_fits(reward, backbone.latent_space, text_dim)
+    return reward
+
+
+def load_noisy(path: Path, backbone: Backbone, text_dim: int) -> LatentReward:
+    """Load a reward that is to judge clips on the way; raises :class:`ModelError` also for one of clean clips alone."""
+    reward = load_fitting(path, backbone, text_dim)
+    if not reward.knows_noise:
+        raise ModelError(f"{path} was trained on clean clips; clips on the way need a reward trained on noisy ones")
+    return reward
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file; raises :class:`ModelError` when it does not exist."""
+    if not path.is_file():
+        raise ModelError(f"the latent reward {path} does not exist")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def guide_spec(rewards: Sequence[str], options: Mapping[str, Any]) -> GuideSpec | None:

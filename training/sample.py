@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from spatialalign.errors import ConfigError, DataError
 from spatialalign.files import write_json
 from spatialalign.prompts import Prompt, read_csv
-from spatialalign.search import SearchSettings, candidate_seed
+from spatialalign.search import SearchSettings, candidate_seed, survivors
 from training.cli import command, options_of
 from training.generate import put_lora, read_texts
-from training.guide import GuideOptions, GuideSpec, guide_spec
+from training.guide import GuideOptions, GuideSpec, digest, guide_spec, load_noisy
 from training.monitors import JsonlLog
 from training.stages import StageSummary, batches, parse_seeds, stage_log
 from training.store import LatentsHeader, Store
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
     from spatialalign.backbones.base import Backbone, SampleSettings
     from spatialalign.guidance import RewardGuidance
-    from spatialalign.search_drivers import SearchResult
+    from spatialalign.rewards.latent import LatentReward
+    from spatialalign.search_work import SearchResult
     from spatialalign.tracking.tracker import Tracker
     from training.candidates import Candidates
 
@@ -53,6 +54,8 @@ class Sample:
     """none, best-of-<N>, pruned-<N> or particles-<N>: kind and candidates at once; more options of it are below."""
     reward: str | None = None
     """Latent rewards that guide, <file> or <file>:<weight>, several joined by commas; more options of it are below."""
+    preview_reward: Path | None = None
+    """Latent reward that scores clips on the way, for pruned-<N> and particles-<N>; null for the tracker."""
     lora: Path | None = None
     """LoRA file of any dialect to sample with."""
     lora_scale: float = 1.0
@@ -84,6 +87,10 @@ class Sample:
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         return dataclasses.replace(default, **given)
 
+    def searching(self) -> dict[str, Any]:
+        """The options of the search; where a reward for it is given, clips are looked at by that."""
+        return ({} if self.preview_reward is None else {"preview_by": "reward"}) | self.search_options
+
 
 def sample_clips(
     backbone: Backbone,
@@ -96,6 +103,7 @@ def sample_clips(
     search: SearchSettings | None = None,
     batch: int = 4,
     model: str | None = None,
+    preview_reward: Path | None = None,
 ) -> StageSummary:
     """Make the clips that the store lacks; what is complete stays as it is.
 
@@ -114,10 +122,12 @@ def sample_clips(
         search: how a clip is chosen of several candidates; None for no search.
         batch: clips in one pass of the model.
         model: name of the generator in the files, when it is more than ``backbone.model_id`` (a LoRA on it).
+        preview_reward: file of the latent reward that scores clips on the way, for a search with ``preview_by``
+            "reward".
 
     Raises:
-        ConfigError: a search without a tracker, or with too few steps.
-        ModelError: a reward made for other latents or texts.
+        ConfigError: a search without a tracker, with too few steps, or without the reward that it looks by.
+        ModelError: a reward made for other latents or texts, or of clean clips when it is to score noisy ones.
         StoreError: the store holds samples of these prompts made otherwise.
     """
     from tqdm import tqdm
@@ -125,10 +135,15 @@ def sample_clips(
     search = search or SearchSettings()
     if search.kind != "none" and tracker is None:
         raise ConfigError(f"the search {search.text} needs a tracker to score its candidates")
+    if (search.looks and search.preview_by == "reward") != (preview_reward is not None):
+        raise ConfigError(
+            "a reward scores clips on the way in a search pruned or particles with preview_by reward; found "
+            f"{search.name} and {'no reward' if preview_reward is None else preview_reward}"
+        )
     search.events(settings.steps)  # what does not fit should be said before anything is written
     backbone.latent_shape(settings)
     log, summary = stage_log(store.root, "sample"), StageSummary("sample")
-    name = "+".join([model or backbone.model_id, *_additions(guide, search)])
+    name = "+".join([model or backbone.model_id, *_additions(guide, search, preview_reward)])
     header = LatentsHeader(backbone.latent_space, name, {**settings.to_dict(), "fps": backbone.fps}, settings.digest)
     samples = [store.sample(prompt.prompt_id, seed) for prompt in prompts for seed in seeds]
     damaged = {sample.name for sample in store.check_same_settings(samples, header)}
@@ -142,7 +157,9 @@ def sample_clips(
     summary.skipped = len(samples) - len(todo)
     texts, negative = read_texts(backbone, store, {sample.prompt_id: None for sample in todo}, prompts, settings)
     adjust = guide.load(backbone, negative.shape[-1]) if guide and todo else None
-    job = _Job(backbone, {p.prompt_id: p for p in prompts}, texts, negative, settings, header, tracker, search, log)
+    reward = load_noisy(preview_reward, backbone, negative.shape[-1]) if preview_reward and todo else None
+    by_id = {prompt.prompt_id: prompt for prompt in prompts}
+    job = _Job(backbone, by_id, texts, negative, settings, header, tracker, search, preview_reward, reward, log)
     log.write({"event": "start", "model": header.model, "settings": header.settings, "todo": len(todo)})
     bar: tqdm[Any]
     with tqdm(total=len(samples), initial=summary.skipped, desc="sample", unit="clip", disable=None) as bar:
@@ -169,13 +186,15 @@ def sampling_path(sample: StoredSample) -> Path:
 def together(search: SearchSettings, batch: int) -> int:
     """How many clips are searched at once, so that their candidates fill a batch.
 
-    With a threshold a batch holds few candidates of many clips, else all candidates of a few.
+    With a threshold a batch holds few candidates of many clips, else all of a few clips that are taken to the end.
     """
-    return batch if search.threshold is not None else max(1, batch // search.candidates)
+    finished = len(survivors([None] * search.candidates, search.keep)) if search.kind == "pruned" else search.candidates
+    return batch if search.threshold is not None else max(1, batch // finished)
 
 
-def _additions(guide: GuideSpec | None, search: SearchSettings) -> list[str]:
-    return [*([] if guide is None else [guide.name]), *([] if search.kind == "none" else [search.name])]
+def _additions(guide: GuideSpec | None, search: SearchSettings, preview_reward: Path | None) -> list[str]:
+    looked = [] if preview_reward is None else [f"preview:{digest(preview_reward)[:12]}"]
+    return [*([] if guide is None else [guide.name]), *([] if search.kind == "none" else [search.name]), *looked]
 
 
 @dataclass(frozen=True)
@@ -190,6 +209,8 @@ class _Job:
     header: LatentsHeader
     tracker: Tracker | None
     search: SearchSettings
+    preview_reward: Path | None
+    reward: LatentReward | None
     log: JsonlLog
 
     def make(
@@ -216,7 +237,9 @@ class _Job:
             self.backbone.flow(text, self.negative, self.settings, guidance) as flow,
         ):
             frames = self.search.preview_frames
-            candidates = Candidates(self.backbone, flow, prompts, self.tracker, Path(folder), frames, self.log)
+            candidates = Candidates(
+                self.backbone, flow, text, prompts, self.tracker, Path(folder), frames, self.log, self.reward
+            )
             started = time.perf_counter()
             results = search(
                 candidates,
@@ -235,6 +258,7 @@ class _Job:
                     "version": VERSION,
                     "search": self.search.to_dict(),
                     "guidance": None if guide is None else guide.to_dict(),
+                    "preview_reward": None if self.preview_reward is None else str(self.preview_reward),
                     "tracker": None if self.tracker is None else self.tracker.source,
                     "seeds": seeds[first : first + self.search.candidates],
                     "seconds": round(seconds, 3),
@@ -274,7 +298,7 @@ class _Job:
 def run(args: Sample) -> StageSummary:
     """Load the models and sample."""
     prompts, seeds = read_csv(args.prompts), parse_seeds(args.seeds)
-    search = dataclasses.replace(SearchSettings.parse(args.search), **args.search_options)
+    search = dataclasses.replace(SearchSettings.parse(args.search), **args.searching())
     guide = guide_spec(args.reward.split(",") if args.reward else [], args.guide_options)
 
     from spatialalign.backbones import load_backbone
@@ -285,7 +309,9 @@ def run(args: Sample) -> StageSummary:
     tracker = None if search.kind == "none" else load_tracker(args.tracker, str(backbone.device), args.rule)
     settings = args.settings(backbone.default_settings())
     store = Store(args.store, create=True)
-    summary = sample_clips(backbone, store, prompts, seeds, settings, tracker, guide, search, args.batch, name)
+    summary = sample_clips(
+        backbone, store, prompts, seeds, settings, tracker, guide, search, args.batch, name, args.preview_reward
+    )
     print(summary.text())
     return summary
 

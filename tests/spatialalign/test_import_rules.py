@@ -18,7 +18,8 @@ ROOMS = ("spatialalign", "training", "nodes")
 HEAVY = {"torch", "transformers", "diffusers", "peft", "matplotlib", "av", "accelerate"}
 VERBS = (
     *("prompts", "generate", "score", "mine", "dpo", "evaluate", "report", "demo", "miniature"),
-    *("lora", "rounds", "import_official", "sample", "latent_reward", "metrics", "reward_bench", "reward_model", "label"),
+    *("lora", "rounds", "import_official", "sample", "latent_reward", "label"),
+    *("metrics", "reward_bench", "reward_model"),
 )
 HOST = ("comfy", "folder_paths", "execution", "server", "node_helpers", "latent_preview")
 SKIPPED = {"venv", ".venv", "build", "dist", "store", "runs", "out", "__pycache__", "node_modules"}

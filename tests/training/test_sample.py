@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -16,10 +17,10 @@ import torch
 from spatialalign.backbones import load_backbone
 from spatialalign.backbones.base import SampleSettings
 from spatialalign.backbones.wan import WanBackbone
-from spatialalign.errors import ConfigError, StoreError
+from spatialalign.errors import ConfigError, ModelError, StoreError
 from spatialalign.guidance import GuidanceSettings
 from spatialalign.prompts import Prompt, read_csv
-from spatialalign.rewards.latent import LatentReward, RewardInfo, save_reward
+from spatialalign.rewards.latent import LatentReward, RewardInfo, load_reward, save_reward
 from spatialalign.rewards.wan_trunk import WanTrunk
 from spatialalign.search import SearchSettings, candidate_seed
 from spatialalign.tracking.load import load_tracker
@@ -268,7 +269,7 @@ def test_guidance_moves_the_clip_and_is_paid_for(
     backbone: WanBackbone, tmp_path: Path, prompts: list[Prompt], reward: Path
 ) -> None:
     plain = guided(backbone, Store(tmp_path / "plain", create=True), prompts, None)
-    moved = GuideSpec(((reward, 1.0),), GuidanceSettings(strength=10.0))
+    moved = GuideSpec(((reward, 1.0),), GuidanceSettings(strength=10.0, end=1.0))
     other = guided(backbone, Store(tmp_path / "guided", create=True), prompts, moved)
     assert (other.read_latents() - plain.read_latents()).abs().max() > 1e-3
     assert other.read_header().model == f"{backbone.model_id}+{moved.name}"
@@ -296,6 +297,46 @@ def test_a_weighted_file_counts_as_much_as_its_weight(
     assert once.name != twice.name
 
 
+def test_a_reward_scores_clips_on_the_way(
+    backbone: WanBackbone, store: Store, prompts: list[Prompt], reward: Path
+) -> None:
+    tracker, settings = Brightness(), backbone.default_settings()
+    search = SearchSettings("pruned", 4, preview=0.4, preview_by="reward")
+    summary = sample_clips(backbone, store, prompts, [SEED], settings, tracker, None, search, preview_reward=reward)
+    assert (summary.done, summary.failed) == (1, [])
+    sample = store.sample("0001_LR", SEED)
+    record = record_of(sample)
+    # the reward's own answer after one of three steps, at that step's noisy clips
+    text, negative = backbone.encode_text([prompts[0].text]) * 4, backbone.encode_text([settings.negative_prompt])[0]
+    with backbone.flow(text, negative, settings) as flow:
+        x, _ = flow.step(backbone.noise(record["seeds"], settings), 0)
+        expected = load_reward(reward)(x, torch.full((4,), flow.sigmas[1]), text).values[:, 0]
+    (event,) = record["history"]
+    assert event["scores"] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert event["kept"] == expected.argsort(descending=True).tolist()[:2]
+    # a step of two passes for each of the four, a look of half a pass, two steps for each of the two that are kept
+    assert (record["evaluations"], record["scorings"]) == (4 * 2 + 4 * 0.5 + 2 * 4, 2)
+    assert tracker.frames == [5, 5]
+    assert record["preview_reward"] == str(reward)
+    content = hashlib.sha256(reward.read_bytes()).hexdigest()
+    assert sample.read_header().model.endswith(f"+pruned-4(preview=0.4,preview_by=reward)+preview:{content[:12]}")
+
+
+def test_a_look_and_its_reward_belong_together(
+    backbone: WanBackbone, store: Store, prompts: list[Prompt], reward: Path
+) -> None:
+    settings, tracker = backbone.default_settings(), Brightness()
+    by_reward = SearchSettings("pruned", 2, preview_by="reward")
+    for search, file in ((by_reward, None), (SearchSettings.parse("pruned-2"), reward), (BEST_OF_2, reward)):
+        with pytest.raises(ConfigError, match="preview_by reward"):
+            sample_clips(backbone, store, prompts, [1], settings, tracker, None, search, preview_reward=file)
+    clean = load_reward(reward)
+    clean.info = replace(clean.info, trained_on="clean")
+    save_reward(reward, clean)
+    with pytest.raises(ModelError, match="trained on noisy"):
+        sample_clips(backbone, store, prompts, [1], settings, tracker, None, by_reward, preview_reward=reward)
+
+
 def test_guidance_on_the_command_line(reward: Path) -> None:
     options = {"strength": 4.0, "guide_form": "x0", "guide_end": 0.5, "guide_weights": {"valid": 2.0}}
     spec = guide_spec([f"{reward}:0.5", str(reward)], options)
@@ -319,6 +360,7 @@ def test_a_weight_without_a_dimension_is_refused(
 def test_how_many_clips_are_searched_at_once() -> None:
     assert together(BEST_OF_4, 16) == 4
     assert together(BEST_OF_4, 2) == 1
+    assert together(SearchSettings("pruned", 32, keep=0.125), 16) == 4
     assert together(SearchSettings("best-of-n", 4, threshold=0.7), 16) == 16
 
 
@@ -342,6 +384,7 @@ def test_the_program(tiny_wan: Path, prompt_file: Path, tmp_path: Path, capsys: 
         (["--strength", "3"], "at least one reward"),
         (["--reward", "nowhere.safetensors:0.5"], "nowhere.safetensors does not exist"),
         (["--search", "best-of-2", "--keep", "0"], "keep"),
+        (["--search", "pruned-2", "--preview_reward", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main([*common, *wrong])
