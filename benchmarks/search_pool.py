@@ -119,4 +119,5 @@ def prune(pool: Pool, looks: Sequence[Look], stop: bool = False) -> tuple[Floats
     hit = correct.any(1)
     finished = np.where(hit & stop, correct.argmax(1) + 1, order.shape[1])
     cost: Floats = np.asarray((passes + finished * (pool.steps - done)) / (count * pool.steps), dtype=np.float64)
-    return hit.astype(np.float64), cost
+    found: Floats = np.asarray(hit, dtype=np.float64)
+    return found, cost
