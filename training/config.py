@@ -79,6 +79,10 @@ class TrainSettings:
     """Weight of the anchor in dpo+zo."""
     sft_weight: float = 1.0
     """Weight of the flow-matching error in dpo+sft, sft and rwr."""
+    granular_weight: float = 0.0
+    """Weight of the preference term over blocks (Gran-DPO, our reading of it), which needs patches; 0: none."""
+    granular_tie: float = 0.0
+    """Blocks whose rewards in winner and loser differ by no more do not count."""
     rwr_temperature: float = 1.0
     """A clip's weight in rwr is exp(advantage / this), with scores normalised per prompt to advantages."""
     rwr_clip: float = 20.0
@@ -185,8 +189,8 @@ _ABOVE_ZERO = (
     "held_out_every sample_prompts sample_seeds checkpoint_every max_bad_steps"
 ).split()
 _NOT_NEGATIVE = (
-    "seed sample_every anchor_weight sft_weight weight_decay warmup_steps early_stop min_improvement keep_checkpoints "
-    "max_bad_clips reference_draws"
+    "seed sample_every anchor_weight sft_weight granular_weight granular_tie weight_decay warmup_steps early_stop "
+    "min_improvement keep_checkpoints max_bad_clips reference_draws"
 ).split()
 
 
@@ -228,9 +232,12 @@ def _check_contradictions(settings: TrainSettings) -> None:
         _refuse(s, "arm", "label_smoothing", s.label_smoothing > 0, why)
         _refuse(s, "arm", "pair_weight", s.pair_weight != "none", why)
         _refuse(s, "arm", "auto_beta", s.auto_beta is not None, why)
+        _refuse(s, "arm", "granular_weight", s.granular_weight > 0, why)
     _refuse(s, "arm", "anchor_weight", s.arm == "dpo+zo" and s.anchor_weight == 0, "is arm dpo; choose that")
     _refuse(s, "arm", "sft_weight", s.arm in ("sft", "rwr") and s.sft_weight == 0, "has nothing to learn")
     _refuse(s, "arm", "sft_weight", s.arm == "dpo+sft" and s.sft_weight == 0, "is arm dpo; choose that")
+    idle = s.granular_weight == 0 and s.granular_tie > 0
+    _refuse(s, "granular_weight", "granular_tie", idle, "has no blocks to compare")
     _refuse(s, "form", "label_smoothing", s.form != "sigmoid" and s.label_smoothing > 0, "smooths no labels")
     _refuse(s, "form", "auto_beta", s.form != "sigmoid" and s.auto_beta is not None, "has no gradient factor to aim at")
     _refuse(

@@ -52,8 +52,10 @@ class Dpo:
     """Pair manifest of training.mine; null for pairs.json in the store."""
     reference_folder: Path | None = None
     """Where reference_cache keeps predictions; null for reference in the output folder."""
+    patches: Path | None = None
+    """Block scores of training.patch_scores, which a granular_weight needs."""
     preset: Preset = "spatialalign"
-    """Method: spatialalign (the paper's; formerly paper), flow-dpo, diffusion-dpo, flow-rwr, sft; or miniature."""
+    """Method: spatialalign (the paper's, also paper), flow-dpo, diffusion-dpo, flow-rwr, sft, gran-dpo, miniature."""
     tracker: str = "miniature"
     """Tracking models for the clips of sample_every, as training.score takes them in --model."""
     device: str = "auto"
@@ -106,12 +108,14 @@ def train(
     references: Path | None = None,
     tracker: Tracker | None = None,
     processes: Processes = ALONE,
+    patches: Path | None = None,
 ) -> TrainResult:
     """Train, export and verify; the backbone is left without any adapter.
 
     ``references`` is the folder of kept reference predictions, None for one below ``out``. Where several processes take
     part, each calls this with the same of everything but the backbone's device; the first one needs the tracker. With
-    ``shard`` the backbone is one of :func:`training.sharding.load_sharded`, and stays in parts.
+    ``shard`` the backbone is one of :func:`training.sharding.load_sharded`, and stays in parts. ``patches`` is the file
+    of block scores that a granular objective needs.
 
     Raises:
         DataError: pairs or samples cannot be used.
@@ -121,7 +125,7 @@ def train(
     from spatialalign.lora import unload_lora
     from training.trainer import ADAPTER, Trainer
     from training.trial import trial_of
-    from training.weights import weighting
+    from training.weights import block_weights, weighting
 
     prompts, pairs_digest = read_pairs(pairs)
     processes.on_first(lambda: check_samples(backbone, store, prompts))
@@ -135,6 +139,9 @@ def train(
     }
     if backbone.expert is not None:
         identity["expert"] = backbone.expert
+    blocks = block_weights(settings, patches, prompts)
+    if blocks is not None:
+        identity["patches_digest"] = blocks.digest
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         with processes.together():
@@ -149,7 +156,18 @@ def train(
             trial = trial_of(backbone, tracker, store, sampled, settings.sample_prompts, settings.sample_seeds)
         with processes.together():
             trainer = Trainer(
-                backbone, store, chosen, held_out, settings, out, identity, weights, references, trial, processes
+                backbone,
+                store,
+                chosen,
+                held_out,
+                settings,
+                out,
+                identity,
+                weights,
+                references,
+                trial,
+                processes,
+                blocks,
             )
         try:
             for change in trainer.resume(allow_changes):
@@ -315,10 +333,11 @@ def _dry_run(args: Dpo) -> None:
     if args.tflops is not None:
         print(seconds_text(model, files, settings, args.tflops))
     refuse_bad(files)
-    if settings.arm == "rwr" or settings.pair_weight != "none":
-        from training.weights import read_scores
+    from training.weights import block_weights, read_scores
 
+    if settings.arm == "rwr" or settings.pair_weight != "none":
         read_scores(store, prompts, scored_by(args.pairs or args.store / "pairs.json"))
+    block_weights(settings, args.patches, prompts)
 
 
 def _run(args: Dpo, settings: TrainSettings, processes: Processes) -> None:
@@ -347,7 +366,9 @@ def _run(args: Dpo, settings: TrainSettings, processes: Processes) -> None:
             tracker = load_tracker(args.tracker, pick_device(device))
     folder = args.reference_folder
     try:
-        result = train(backbone, store, pairs, args.out, settings, args.allow_changes, folder, tracker, processes)
+        result = train(
+            backbone, store, pairs, args.out, settings, args.allow_changes, folder, tracker, processes, args.patches
+        )
     except OSError as error:
         raise DataError(
             f"a file of the training in {args.out} cannot be read or written ({error}); repair that or make room, and "

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spatialalign.blocks import BlockGrid
 from training.objective import Form, Objective, Reduction
 
 Side = Literal["winner", "loser"]
@@ -51,6 +52,7 @@ class Gains:
         supervised: the model's mean squared error (zero where the arm does not learn from this side's clips).
         norm: |v_model|, without gradient.
         reference_norm: |v_reference|.
+        block_gain: reference error minus model error of each block ``(b, F, R, C)``, where the objective is granular.
     """
 
     error: Tensor
@@ -59,6 +61,7 @@ class Gains:
     supervised: Tensor
     norm: Tensor
     reference_norm: Tensor
+    block_gain: Tensor | None = None
 
     @property
     def gain(self) -> Tensor:
@@ -81,6 +84,7 @@ class PairLoss:
         winner_gain: reference error minus model error on the winner; positive is better.
         loser_gain: the same on the loser.
         norm_ratio: |v_model| / |v_reference| over both sides; growth means over-saturation.
+        granular: the preference term over blocks before its weight (zero where there is none).
     """
 
     total: Tensor
@@ -92,6 +96,7 @@ class PairLoss:
     winner_gain: Tensor
     loser_gain: Tensor
     norm_ratio: Tensor
+    granular: Tensor
 
     @property
     def gradient_factor(self) -> Tensor:
@@ -108,6 +113,24 @@ def flow_error(prediction: Tensor, target: Tensor, reduction: Reduction = "mean"
     """Squared error of a velocity per sample, ``(b,)`` float32: the mean or the sum over its elements."""
     squared = (prediction.float() - target.float()).square().flatten(1)
     return squared.mean(1) if reduction == "mean" else squared.sum(1)
+
+
+def block_error(prediction: Tensor, target: Tensor, grid: BlockGrid, reduction: Reduction = "mean") -> Tensor:
+    """Squared error of a velocity ``(b, c, f, h, w)`` in each block of a grid, ``(b, F, R, C)`` float32."""
+    squared = grid.cut((prediction.float() - target.float()).square().movedim(1, -1)).flatten(4)
+    return squared.mean(4) if reduction == "mean" else squared.sum(4)
+
+
+def block_preferences(winner: Tensor, loser: Tensor, tie: float = 0.0) -> Tensor:
+    """Which clip each block is better in, and how much that counts: ``s_k a_k``, of rewards ``(b, F, R, C)`` of both.
+
+    ``s_k`` is the sign of the difference of the rewards, ``a_k`` its magnitude over the sum of all magnitudes of the
+    pair. Differences up to ``tie`` count 0; so does a pair that has no others.
+    """
+    difference = (winner - loser).float()
+    difference = torch.where(difference.abs() > tie, difference, 0.0)
+    total = difference.abs().sum((1, 2, 3), keepdim=True)
+    return torch.where(total > 0, difference / total, 0.0)
 
 
 def level_weight(sigma: Tensor) -> Tensor:
@@ -144,8 +167,8 @@ def preference_term(margin: Tensor, beta: float, form: Form = "sigmoid", label_s
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
 
-def gains(side: Predictions, which: Side, objective: Objective) -> Gains:
-    """Reduce one side's predictions to what the objective needs of it."""
+def gains(side: Predictions, which: Side, objective: Objective, grid: BlockGrid | None = None) -> Gains:
+    """Reduce one side's predictions to what the objective needs of it; ``grid`` where that is granular."""
     reduction, arm = objective.reduction, objective.arm
     reference_error = flow_error(side.reference, side.target, reduction)
     error = flow_error(side.model, side.target, reduction)
@@ -158,6 +181,7 @@ def gains(side: Predictions, which: Side, objective: Objective) -> Gains:
         supervised=flow_error(side.model, side.target) if learns else nothing,
         norm=_norm(side.model),
         reference_norm=_norm(side.reference),
+        block_gain=_block_gain(side, grid, reduction) if objective.granular_weight and grid is not None else None,
     )
 
 
@@ -167,12 +191,17 @@ def preference(
     objective: Objective,
     sigma: Tensor | None = None,
     weights: Weights | None = None,
+    blocks: Tensor | None = None,
 ) -> PairLoss:
     """The objective from the numbers of both sides.
 
     The margin is ``clip(beta (s_w - s_l), -clip, clip)`` with ``s`` = reference error - model error (methods: official
     train.py); ``half_beta`` halves beta, and ``error_of="noise"`` weighs each pair by :func:`level_weight`. Anchor and
     flow-matching error are means over elements whatever the reduction, so that their weights keep their meaning.
+
+    With a ``granular_weight`` the preference term becomes ``term(m) + granular_weight sum_k a_k term(s_k m_k)``, where
+    ``m_k`` is the margin of block ``k`` alone (methods: 3). This is our reading of HALO's Gran-DPO (arXiv 2502.06812),
+    whose formula is not public.
 
     Args:
         winner: of b pairs.
@@ -181,23 +210,23 @@ def preference(
         sigma: noise level of each pair ``(b,)``; needed for ``error_of="noise"``.
         weights: of pairs and clips; None for 1. Weights of pairs act on the preference term alone, those of clips on
             the arm ``rwr`` alone.
+        blocks: ``s_k a_k (b, F, R, C)``, see :func:`block_preferences`; needed where the objective is granular.
     """
-    difference = winner.gain - loser.gain
-    if objective.half_beta:
-        difference = 0.5 * difference
-    if objective.error_of == "noise":
-        if sigma is None:
-            raise ValueError("error_of='noise' needs the noise level sigma of each pair")
-        difference = level_weight(sigma).to(difference) * difference
+    difference = _scaled(winner.gain - loser.gain, objective, sigma)
     margin = _clipped(objective.beta * difference, objective.clip)
     dpo = preference_term(margin, objective.beta, objective.form, objective.label_smoothing)
+    granular = torch.zeros_like(dpo)
+    if objective.granular_weight:
+        granular = _granular(winner, loser, objective, sigma, blocks)
     anchor = 0.5 * (winner.drift + loser.drift)
     sft = winner.supervised
     if objective.arm == "rwr":
         if weights is None:
             raise ValueError("the arm rwr needs the weights of both clips of each pair")
         sft = 0.5 * (weights.winner.to(sft) * winner.supervised + weights.loser.to(sft) * loser.supervised)
-    preferred = dpo if weights is None else weights.pair.to(dpo) * dpo
+    preferred = dpo + objective.granular_weight * granular if objective.granular_weight else dpo
+    if weights is not None:
+        preferred = weights.pair.to(dpo) * preferred
     supervised_only = objective.arm in ("sft", "rwr")
     return PairLoss(
         total=(0 if supervised_only else preferred) + objective.anchor_weight * anchor + objective.sft_weight * sft,
@@ -209,6 +238,7 @@ def preference(
         winner_gain=winner.gain,
         loser_gain=loser.gain,
         norm_ratio=torch.hypot(winner.norm, loser.norm) / torch.hypot(winner.reference_norm, loser.reference_norm),
+        granular=granular,
     )
 
 
@@ -218,9 +248,12 @@ def pair_loss(
     objective: Objective,
     sigma: Tensor | None = None,
     weights: Weights | None = None,
+    blocks: Tensor | None = None,
 ) -> PairLoss:
     """The objective from the predictions of both sides: :func:`gains` of each, then :func:`preference`."""
-    return preference(gains(winner, "winner", objective), gains(loser, "loser", objective), objective, sigma, weights)
+    grid = None if blocks is None else BlockGrid(*blocks.shape[1:])
+    won, lost = gains(winner, "winner", objective, grid), gains(loser, "loser", objective, grid)
+    return preference(won, lost, objective, sigma, weights, blocks)
 
 
 def averages(losses: Sequence[PairLoss]) -> dict[str, float]:
@@ -235,9 +268,39 @@ def averages(losses: Sequence[PairLoss]) -> dict[str, float]:
     names = ("dpo", "anchor", "sft", "accuracy", "margin", "winner_gain", "loser_gain", "norm_ratio", "gradient_factor")
     return {
         "loss": mean([loss.total for loss in losses]),
+        "granular": mean([loss.granular for loss in losses]),
         **{name: mean([getattr(loss, name) for loss in losses]) for name in names},
         "difference": mean([loss.difference.abs() for loss in losses]),
     }
+
+
+def _scaled(difference: Tensor, objective: Objective, sigma: Tensor | None) -> Tensor:
+    """What beta multiplies, from differences ``(b, ...)`` of the errors of whole clips or of blocks."""
+    if objective.half_beta:
+        difference = 0.5 * difference
+    if objective.error_of == "noise":
+        if sigma is None:
+            raise ValueError("error_of='noise' needs the noise level sigma of each pair")
+        factor = level_weight(sigma).to(difference)
+        difference = factor.view(-1, *(1,) * (difference.ndim - 1)) * difference
+    return difference
+
+
+def _granular(winner: Gains, loser: Gains, objective: Objective, sigma: Tensor | None, blocks: Tensor | None) -> Tensor:
+    """``sum_k a_k term(s_k m_k)``, ``(b,)``."""
+    if blocks is None or winner.block_gain is None or loser.block_gain is None:
+        raise ValueError("a granular objective needs the gains and the preferences of blocks")
+    blocks = blocks.to(winner.block_gain)
+    difference = _scaled(winner.block_gain - loser.block_gain, objective, sigma)
+    margin = _clipped(objective.beta * blocks.sign() * difference, objective.clip)
+    terms = preference_term(margin, objective.beta, objective.form, objective.label_smoothing)
+    return (blocks.abs() * terms).sum((1, 2, 3))
+
+
+def _block_gain(side: Predictions, grid: BlockGrid, reduction: Reduction) -> Tensor:
+    return block_error(side.reference, side.target, grid, reduction) - block_error(
+        side.model, side.target, grid, reduction
+    )
 
 
 def _clipped(margin: Tensor, clip: float | None) -> Tensor:

@@ -27,6 +27,7 @@ class Objective:
         label_smoothing: assumed share of wrongly ordered pairs (sigmoid form only).
         anchor_weight: weight of the anchor.
         sft_weight: weight of the flow-matching error in ``dpo+sft``, ``sft`` and ``rwr``.
+        granular_weight: weight of the preference term over blocks beside that over whole clips; 0 for none.
     """
 
     arm: Arm
@@ -39,3 +40,4 @@ class Objective:
     label_smoothing: float = 0.0
     anchor_weight: float = 0.5
     sft_weight: float = 1.0
+    granular_weight: float = 0.0

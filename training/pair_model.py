@@ -22,7 +22,7 @@ from training.reference_cache import ReferenceCache, reference_identity
 if TYPE_CHECKING:
     from spatialalign.backbones.base import Backbone
     from training.samples import Clips
-    from training.weights import Weighting
+    from training.weights import BlockWeights, Weighting
 
 
 class PairModel:
@@ -37,6 +37,7 @@ class PairModel:
         references: Path,
         meeting: Processes = ALONE,
         prompt: str = "",
+        blocks: BlockWeights | None = None,
     ) -> None:
         """Take a backbone that carries the adapter already.
 
@@ -48,8 +49,10 @@ class PairModel:
             references: folder of kept reference predictions.
             meeting: the processes that must all take part in a pass, where the base is sharded over them.
             prompt: any prompt, whose text they pass where they have no pairs.
+            blocks: weights of the blocks of pairs, where the objective is granular.
         """
         self._backbone, self._clips, self._settings, self._weighting = backbone, clips, settings, weighting
+        self._blocks = blocks
         self._passes = passes_on(settings, backbone.device)
         self._watched: dict[Hashable, Pair] = {}
         self._meeting = meeting
@@ -124,9 +127,10 @@ class PairModel:
         objective = self._settings.objective(beta)
         sigma = torch.tensor([draw.sigma for draw in draws], device=self._backbone.device)
         weights = None if self._weighting is None else self._weighting.of(pairs)
+        blocks = None if self._blocks is None else self._blocks.of(pairs)
 
         def loss(winner: Predictions, loser: Predictions) -> PairLoss:
-            return pair_loss(winner, loser, objective, sigma, weights)
+            return pair_loss(winner, loser, objective, sigma, weights, blocks)
 
         return loss
 

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from training.config import TrainSettings
 
-Preset = Literal["spatialalign", "flow-dpo", "diffusion-dpo", "flow-rwr", "sft", "miniature", "paper"]
+Preset = Literal["spatialalign", "flow-dpo", "diffusion-dpo", "flow-rwr", "sft", "gran-dpo", "miniature", "paper"]
 
 _PAPER = TrainSettings()
 
@@ -40,6 +40,8 @@ PRESETS: dict[Preset, TrainSettings] = {
     "diffusion-dpo": replace(_FLOW_DPO, beta=5000.0, error_of="noise"),
     "flow-rwr": replace(_FLOW_DPO, arm="rwr"),
     "sft": replace(_FLOW_DPO, arm="sft"),
+    # A stand-in for HALO's Gran-DPO, whose constants are not public (methods 3): Flow-DPO and as much of its blocks.
+    "gran-dpo": replace(_FLOW_DPO, granular_weight=1.0),
     "miniature": TrainSettings(
         arm="dpo+sft",
         steps=200,

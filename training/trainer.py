@@ -33,7 +33,7 @@ from training.weights import effective_sample_size
 if TYPE_CHECKING:
     from spatialalign.backbones.base import Backbone
     from training.trial import Trial
-    from training.weights import Weighting
+    from training.weights import BlockWeights, Weighting
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ class Trainer:
         references: Path | None = None,
         trial: Trial | None = None,
         processes: Processes = ALONE,
+        blocks: BlockWeights | None = None,
     ) -> None:
         """Put a fresh adapter on the transformer.
 
@@ -81,6 +82,7 @@ class Trainer:
             trial: samples and scores clips where ``sample_every`` asks for it.
             references: folder of the reference predictions that ``reference_cache`` keeps; None for one below ``out``.
             processes: that take part; all are given the same of everything else, but the trial, which the first needs.
+            blocks: weights of the blocks of pairs, where the objective is granular.
         """
         check_shares(settings, processes)
         check_sharding(settings, processes)
@@ -107,6 +109,7 @@ class Trainer:
             references or out / "reference",
             processes if settings.shard else ALONE,
             train[0].prompt_id,
+            blocks,
         )
         self._micro_batches = MicroBatches(self.clips, settings, processes, settings.shard)
 

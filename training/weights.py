@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from spatialalign.errors import DataError
+from spatialalign.errors import ConfigError, DataError
 from training.config import TrainSettings
-from training.losses import Weights
+from training.losses import Weights, block_preferences
 from training.pairs import PreferencePair, PromptPairs, Scores
+from training.patch_scores import PatchScores, read_patches
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from training.store import Store
 
 BIN = 0.1
@@ -96,6 +100,48 @@ class Weighting:
             share = self._share.get(_bin(won), self._rarest) * self._share.get(_bin(lost), self._rarest)
             return float(share**-self._settings.rarity_power)
         return 1.0
+
+
+class BlockWeights:
+    """What each block of a pair counts in a granular objective, from the scores of the blocks of both clips.
+
+    Attributes:
+        digest: of the scores.
+    """
+
+    def __init__(self, scores: PatchScores, prompts: Sequence[PromptPairs], tie: float) -> None:
+        """Raises :class:`DataError` naming a clip of these prompts whose blocks are not scored."""
+        self._scores, self._tie, self.digest = scores, tie, scores.digest
+        for prompt in prompts:
+            for key in _clips(prompt):
+                scores.of(*key)
+
+    def of(self, pairs: Sequence[PreferencePair]) -> Tensor:
+        """Signed weights ``(b, F, R, C)``, see :func:`training.losses.block_preferences`."""
+        if not pairs:
+            return torch.zeros(0, *self._scores.grid.shape)
+        won, lost = (
+            torch.from_numpy(
+                np.stack([self._scores.of(p.prompt_id, seed) for p, seed in zip(pairs, seeds, strict=True)])
+            )
+            for seeds in ([p.winner for p in pairs], [p.loser for p in pairs])
+        )
+        return block_preferences(won, lost, self._tie)
+
+
+def block_weights(settings: TrainSettings, patches: Path | None, prompts: Sequence[PromptPairs]) -> BlockWeights | None:
+    """The weights of blocks that the settings ask for, if any, from a file of block scores.
+
+    Raises:
+        ConfigError: the objective is granular and there is no file, or the other way round.
+        DataError: the file cannot be used, or lacks a clip.
+    """
+    if (settings.granular_weight > 0) != (patches is not None):
+        raise ConfigError(
+            f"granular_weight ({settings.granular_weight}) above 0 and patches ({patches}) belong together: give both, "
+            "or neither"
+        )
+    return None if patches is None else BlockWeights(read_patches(patches), prompts, settings.granular_tie)
 
 
 def weighting(

@@ -19,7 +19,7 @@ HEAVY = {"torch", "transformers", "diffusers", "peft", "matplotlib", "av", "acce
 VERBS = (
     *("prompts", "generate", "score", "mine", "dpo", "evaluate", "report", "demo", "miniature"),
     *("lora", "rounds", "import_official", "sample", "latent_reward", "label"),
-    *("metrics", "reward_bench", "reward_model"),
+    *("metrics", "reward_bench", "reward_model", "patch_reward", "patch_scores"),
 )
 HOST = ("comfy", "folder_paths", "execution", "server", "node_helpers", "latent_preview")
 SKIPPED = {"venv", ".venv", "build", "dist", "store", "runs", "out", "__pycache__", "node_modules"}
