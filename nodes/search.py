@@ -33,9 +33,9 @@ class BestOfNSampler(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Samples several clips of one prompt one after the other, decodes, tracks and scores each, and hands "
-                "on the best. The first is the clip that KSampler makes with this seed, so with keep 1 the result scores "
-                "at least as high. With keep below 1 all are looked at part of the way and only the better ones are "
-                "finished."
+                "on the best. The first is the clip that KSampler makes with this seed, so with keep 1 the result "
+                "scores at least as high. With keep below 1 all are looked at part of the way and only the better ones "
+                "are finished."
             ),
             inputs=[
                 *_model_inputs(),
