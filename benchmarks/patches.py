@@ -10,11 +10,13 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.background_labels import fidelity_of
+from spatialalign.agreement import spearman
 from spatialalign.blocks import BlockGrid, crops
 from spatialalign.errors import DataError
 from spatialalign.files import write_json
@@ -22,7 +24,6 @@ from spatialalign.prompts import Prompt
 from spatialalign.video import read_video, write_video
 from training.cli import command
 from training.pairs import PromptPairs, manifest
-from training.patch_losses import rank_correlation
 from training.patch_scores import PatchScores, judge_blocks, teach, write_patches
 from training.store import Sample, Store
 
@@ -30,12 +31,15 @@ if TYPE_CHECKING:
     from spatialalign.backbones.base import Backbone
     from spatialalign.rewards.patch import PatchReward
 
+Damage = Literal["black", "mixed", "corners"]
 GRID = BlockGrid(2, 4, 4)
 DARK, RADIUS = (83, 52, 56), 37
 """RGB that a black square has after a round trip through the miniature's autoencoder (median), and how far 80 % of its
 pixels are from that in any channel."""
 DEFECT = 0.3
 """Share of dark pixels from which a block counts as defective; outlines of drawn things stay below."""
+VISIBLE = 32
+"""A pixel that is changed by more than this in any channel, of 255, counts as defective."""
 CORNERS = ((0, 0), (0, 3), (3, 0), (3, 3))
 FIRST_EVAL_SEED = 9000
 
@@ -50,6 +54,8 @@ class Patches:
     """Video reward that the patch reward begins with."""
     out: Path = Path("benchmarks/out/patches")
     """Output folder: patches.json, patches.md, a heat map, and the folders of every stage; run again to continue."""
+    damage: Literal["black", "mixed"] = "black"
+    """Squares that the patch reward is trained on: black, or also of one colour, of noise, or of their mean colour."""
     prompts: int = 48
     """Prompts whose clips are used."""
     seeds: int = 3
@@ -64,13 +70,13 @@ class Patches:
     """Optimiser steps of the patch reward."""
     defect_steps: int = 80
     """Optimiser steps in which the generator learns to draw defects."""
-    dpo_steps: int = 60
+    dpo_steps: int = 20
     """Optimiser steps of every arm."""
     batch_pairs: int = 8
     """Pairs of each of their steps."""
-    arms: str = "dpo,dpo-twice,gran-dpo,gran-dpo@0.1"
-    """Of dpo, gran-dpo, dpo-twice (DPO with twice the weight, which gran-dpo's preference terms have together), and
-    gran-dpo@ followed by the weight of its blocks, which else is 1."""
+    arms: str = "dpo@50,gran-dpo@50,dpo@5,gran-dpo@5"
+    """dpo, dpo+sft, gran-dpo or gran-dpo+sft, and after @ their beta; blocks have the weight 1. None: stop when the
+    patch reward is trained."""
     seed: int = 0
     """Seed of all trainings."""
 
@@ -92,30 +98,39 @@ def defects(store: Store, samples: Sequence[Sample]) -> NDArray[np.int64]:
 
 
 def paint(
-    frames: NDArray[np.uint8], latent_frames: int, graded: bool, random: np.random.Generator
+    frames: NDArray[np.uint8], latent_frames: int, damage: Damage, random: np.random.Generator
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """A clip with black squares, and the share of each block ``(F, R, C)`` that is left unpainted.
+    """A damaged clip, and the share of each block ``(F, R, C)`` whose pixels are not visibly changed.
 
-    ``graded``: squares of any size in half of all blocks; otherwise whole blocks, and each of those in the corners with
-    a chance of one half.
+    Squares of any size in half of all blocks, black or mixed (:func:`spoil`); with "corners" whole blocks in black, and
+    each of those in the corners with a chance of one half.
     """
     painted = frames.copy()
     clean = np.ones(GRID.shape, np.float32)
-    blocks = crops(painted, GRID, latent_frames)  # views: painting them paints the clip
-    for index, block in zip(np.ndindex(*GRID.shape), blocks, strict=True):
+    before, after = (crops(clip, GRID, latent_frames) for clip in (frames, painted))  # views of the clips
+    for index, was, block in zip(np.ndindex(*GRID.shape), before, after, strict=True):
         struck = random.random() < 0.5
         height, width = block.shape[1:3]
-        size = int(random.integers(3, min(height, width) + 1)) if graded else max(height, width)
+        size = max(height, width) if damage == "corners" else int(random.integers(3, min(height, width) + 1))
         top, left = (int(random.integers(max(1, side - size + 1))) for side in (height, width))
-        if struck and (graded or index[1:] in CORNERS):
+        if struck and (damage != "corners" or index[1:] in CORNERS):
             square = block[:, top : top + size, left : left + size]
-            square[:] = 0
-            clean[index] = 1 - square[0, :, :, 0].size / (height * width)
+            square[:] = spoil(square, random) if damage == "mixed" else 0
+            clean[index] = 1 - (np.abs(block.astype(int) - was).max(-1) > VISIBLE).mean()
     return painted, clean
 
 
+def spoil(square: NDArray[np.uint8], random: np.random.Generator) -> NDArray[np.uint8]:
+    """The pixels ``(t, h, w, 3)`` with one of four defects: black, one colour, noise, or their mean over the square."""
+    kind = random.integers(4)
+    if kind == 2:
+        return random.integers(256, size=square.shape, dtype=np.uint8)
+    colour = (np.zeros(3), random.integers(256, size=3), None, square.mean((0, 1, 2)))[kind]
+    return np.broadcast_to(np.asarray(colour).round().astype(np.uint8), square.shape)
+
+
 def plant(
-    backbone: Backbone, source: Store, prompts: Sequence[Prompt], seeds: Sequence[int], out: Path, graded: bool
+    backbone: Backbone, source: Store, prompts: Sequence[Prompt], seeds: Sequence[int], out: Path, damage: Damage
 ) -> tuple[Store, PatchScores]:
     """Damage clips of ``source`` into the store ``out``, as far as they are missing; returns it and the truth."""
     import torch
@@ -128,13 +143,12 @@ def plant(
         samples = [source.sample(prompt.prompt_id, seed) for seed in seeds]
         latents = torch.stack([sample.read_latents() for sample in samples])
         missing = not all(store.sample(prompt.prompt_id, seed).generated for seed in seeds)
-        size = backbone.default_settings()
-        blank = np.zeros((len(seeds), size.frames, size.height, size.width, 3), np.uint8)
-        frames = backbone.decode(latents) if missing else blank
+        frames = backbone.decode(latents)
         number = int.from_bytes(prompt.prompt_id.encode(), "little")
         painted = []
         for seed, clip in zip(seeds, frames, strict=True):
-            found, clean = paint(clip, latents.shape[2], graded, np.random.default_rng([number, seed, graded]))
+            random = np.random.default_rng([number, seed, damage != "corners"])
+            found, clean = paint(clip, latents.shape[2], damage, random)
             painted.append(found)
             values[prompt.prompt_id, seed] = clean
         if missing:
@@ -142,7 +156,7 @@ def plant(
                 new = store.sample(sample.prompt_id, sample.seed)
                 new.write_latents(coded, sample.read_header())
                 write_video(new.video, clip, backbone.fps)
-    return store, PatchScores(GRID, "planted", values)
+    return store, PatchScores(GRID, f"planted squares ({damage})", values)
 
 
 def found_by(scores: PatchScores, truth: PatchScores, clips: Sequence[tuple[str, int]]) -> dict[str, Any]:
@@ -167,8 +181,8 @@ def found_by(scores: PatchScores, truth: PatchScores, clips: Sequence[tuple[str,
 
 def agreement(one: NDArray[np.floating], other: NDArray[np.floating]) -> float | None:
     """The rank correlation; None where either does not vary."""
-    found = rank_correlation(one, other)
-    return None if np.isnan(found) else round(found, 4)
+    found = spearman(one, other)
+    return None if found is None else round(found, 4)
 
 
 def train_reward(args: Patches, store: Store, truth: PatchScores) -> tuple[PatchReward, dict[str, Any]]:
@@ -204,26 +218,30 @@ def heat_map(path: Path, reward: PatchReward, store: Store, sample: Sample) -> N
     save_png(path, sheet)
 
 
-def train_lora(args: Patches, backbone: Backbone, store: Store, pairs: Path, name: str, patches: Path | None) -> Path:
+def train_lora(
+    args: Patches, backbone: Backbone, store: Store, pairs: Path, name: str, out: Path, patches: Path | None = None
+) -> Path:
     """A LoRA on the backbone: of the damaged clips themselves (defects), or of an arm."""
     from training.dpo import train
     from training.presets import PRESETS
 
-    defect = name == "defects"
+    arm, _, beta = name.partition("@")
+    defect = arm == "defects"
     settings = dataclasses.replace(
         PRESETS["miniature"],
-        arm="sft" if defect else "dpo+sft",
+        arm="sft" if defect else arm.removeprefix("gran-"),  # type: ignore[arg-type]
         steps=args.defect_steps if defect else args.dpo_steps,
         batch_pairs=args.batch_pairs,
         micro_pairs=args.batch_pairs,
         warmup_steps=1,
+        beta=PRESETS["miniature"].beta if defect else float(beta),
         sft_weight=1.0 if defect else PRESETS["miniature"].sft_weight,
-        granular_weight=0.0 if patches is None else float(name.partition("@")[2] or 1),
+        granular_weight=0.0 if patches is None else 1.0,
         held_out=0.0,
         seed=args.seed,
         tensorboard=False,
     )
-    result = train(backbone, store, pairs, args.out / name, settings, patches=patches)
+    result = train(backbone, store, pairs, out, settings, patches=patches)
     if result.comfy is None:
         raise KeyboardInterrupt
     return result.comfy
@@ -264,21 +282,26 @@ def run(args: Patches) -> dict[str, Any]:
     from spatialalign.backbones import load_backbone
     from spatialalign.lora import load_lora, unload_lora
     from spatialalign.miniature import world
+    from spatialalign.tracking.load import load_tracker
     from training.generate import generate
+    from training.score import score
 
     backbone, source = load_backbone("miniature", "cpu"), Store(args.clips)
     prompts = source.prompts()[:: max(1, len(source.prompts()) // args.prompts)][: args.prompts]
-    graded, truth = plant(backbone, source, prompts, range(args.seeds), args.out / "graded", graded=True)
+    graded, truth = plant(backbone, source, prompts, range(args.seeds), args.out / "graded", args.damage)
     reward, results = train_reward(args, graded, truth)
     results = {"reward": results}
     write_json(args.out / "patches.json", results)
     print(results, flush=True)
+    if not args.arms:
+        return results
 
-    damaged, _ = plant(backbone, source, prompts, range(args.seeds), args.out / "damaged", graded=False)
+    damaged, _ = plant(backbone, source, prompts, range(args.seeds), args.out / "damaged", "corners")
     # the arm sft trains on the winners alone; a loser is needed to make a pair
     rows = [PromptPairs(p.prompt_id, tuple(range(1, args.seeds)), (0,)) for p in prompts]
     write_json(damaged.root / "pairs.json", manifest(rows, {}))
-    fuse(backbone, train_lora(args, backbone, damaged, damaged.root / "pairs.json", "defects", None))
+    pairs = damaged.root / "pairs.json"
+    fuse(backbone, train_lora(args, backbone, damaged, pairs, "defects", args.out / "defects"))
 
     sampling = backbone.default_settings()
     own = Store(args.out / "own", create=True)
@@ -288,30 +311,37 @@ def run(args: Patches) -> dict[str, Any]:
         teach(own, own.samples(), GRID, cleanness, "colour"),
     )
     write_patches(args.out / "blocks.safetensors", scores)
-    whole = {clip: value.mean(keepdims=True) for clip, value in scores.values.items()}
-    write_patches(args.out / "whole.safetensors", PatchScores(BlockGrid(1, 1, 1), "mean of blocks", whole))
+    clips = list(scores.values)
     results["own clips"] = {
         "defects": interval(defects(own, own.samples()).reshape(-1, args.own_seeds).astype(float)),
-        "agreement": agreement(*(np.concatenate([s.of(*c).ravel() for c in whole]) for s in (scores, counted))),
+        "agreement": agreement(*(np.concatenate([s.of(*c).ravel() for c in clips]) for s in (scores, counted))),
     }
-    pairs = own_pairs(args, own, prompts, scores)
-    held_out = world.prompts("eval")[: args.eval_prompts]
-    files = {"dpo": None, "dpo-twice": args.out / "whole.safetensors", "gran-dpo": args.out / "blocks.safetensors"}
+    pairs, held_out = own_pairs(args, own, prompts, scores), world.prompts("eval")[: args.eval_prompts]
+    tracker = load_tracker("miniature", "cpu")
     counts: dict[str, NDArray[np.float64]] = {}
     for name in ("before", *args.arms.split(",")):
+        folder = args.out / (name if name == "before" else f"{name}-{args.dpo_steps}")
         if name != "before":
-            patches = files[name.partition("@")[0]]
-            load_lora(backbone.transformer, train_lora(args, backbone, own, pairs, name, patches))
-        store = Store(args.out / f"eval-{name}", create=True)
+            patches = args.out / "blocks.safetensors" if name.startswith("gran-") else None
+            lora = train_lora(args, backbone, own, pairs, name, folder / "lora", patches)
+            load_lora(backbone.transformer, lora)
+        store = Store(folder / "clips", create=True)
         seeds = range(FIRST_EVAL_SEED, FIRST_EVAL_SEED + args.eval_seeds)
         print(generate(backbone, store, held_out, seeds, sampling, 16, f"miniature+{name}").text(), flush=True)
         if name != "before":
             unload_lora(backbone.transformer)
+        score(store, tracker)
         samples = [store.sample(prompt.prompt_id, seed) for prompt in held_out for seed in seeds]
         counts[name] = defects(store, samples).reshape(-1, args.eval_seeds).astype(float)
-        results[name] = {"defects": interval(counts[name]), "change": interval(counts[name] - counts["before"])}
-        if "dpo" in counts and name != "dpo":
-            results[name]["against_dpo"] = interval(counts[name] - counts["dpo"])
+        results[name] = {
+            "steps": args.dpo_steps,
+            "defects": interval(counts[name]),
+            "change": interval(counts[name] - counts["before"]),
+            "background_psnr": fidelity_of(store, held_out, seeds),
+        }
+        rival = name.removeprefix("gran-")
+        if rival != name and rival in counts:
+            results[name]["against_dpo"] = interval(counts[name] - counts[rival])
         write_json(args.out / "patches.json", results)
         print(name, results[name], flush=True)
     (args.out / "patches.md").write_text(table(results) + "\n", encoding="utf-8")
@@ -332,11 +362,13 @@ def table(results: dict[str, Any]) -> str:
     lines = ["| blocks judged by | " + " | ".join(name.replace("_", " ") for name in names) + " |", "|---" * 5 + "|"]
     for judge in ("video reward", "patch reward"):
         lines.append(f"| {judge} | " + " | ".join(number(results["reward"][judge][name]) for name in names) + " |")
-    lines += ["", "| model | defective blocks per clip | change | against dpo |", "|---|---|---|---|"]
+    head = ["model", "steps", "defective blocks per clip", "change", "against dpo", "background PSNR, dB"]
+    lines += ["", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, row in results.items():
         if "change" in row:
             against = cell(row["against_dpo"]) if "against_dpo" in row else ""
-            lines.append(f"| {name} | {cell(row['defects'])} | {cell(row['change'])} | {against} |")
+            cells = [name, str(row["steps"]), cell(row["defects"]), cell(row["change"]), against]
+            lines.append("| " + " | ".join([*cells, f"{row['background_psnr']:.2f}"]) + " |")
     return "\n".join(lines)
 
 

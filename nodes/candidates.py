@@ -12,6 +12,7 @@ from ..spatialalign.search import SearchSettings, best_of, survivors
 from ..spatialalign.summary import Rule, clips, score_by
 from . import host
 from .grounded_sam import GroundedSam
+from .looking import RewardLook
 from .sockets import to_uint8
 from .stretches import Stretches
 
@@ -55,21 +56,33 @@ class Candidates:
 
     Attributes:
         sigmas: the noise levels.
-        evaluations: steps of the sampler so far.
         results: of the finished clips, by row.
         best: the IMAGE of the best clip so far; of the others only :attr:`small` is kept, as N clips are large.
         small: finished clips for the contact sheet, ``(T, h, w, 3)`` uint8, by row.
     """
 
-    def __init__(self, stretches: Stretches, judge: Judge, seeds: Sequence[int], settings: SearchSettings) -> None:
-        self._stretches, self._judge, self._seeds = stretches, judge, seeds
+    def __init__(
+        self,
+        stretches: Stretches,
+        judge: Judge,
+        look: RewardLook | None,
+        seeds: Sequence[int],
+        settings: SearchSettings,
+    ) -> None:
+        """Prepare one search; ``look`` scores clips on the way, None leaves that to ``judge``."""
+        self._stretches, self._judge, self._look, self._seeds = stretches, judge, look, seeds
         self.sigmas = tuple(stretches.sigmas.tolist())
-        self.evaluations = 0.0
         self.results: dict[int, DsrScore] = {}
         self.small: dict[int, np.ndarray] = {}
         self.best: Tensor | None = None
+        self._looks, self._taken, self._shown = 0, 0, 0
         self._total = _steps(settings, stretches.steps)
         self._bar = host.Progress(self._total)
+
+    @property
+    def evaluations(self) -> float:
+        """Passes of the model so far; the reward's looks are their share of one."""
+        return self._stretches.evaluations + (0.0 if self._look is None else self._looks * self._look.share)
 
     def advance(self, x: Tensor, first: int, last: int, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Each row by itself, so that N clips need no more memory than one."""
@@ -77,14 +90,18 @@ class Candidates:
 
         run = self._stretches.run
         ends = [run(self._seeds[row], clip[None], first, last, self._step) for clip, row in zip(x, rows, strict=True)]
+        self._taken += len(rows) * (last - first)
         return torch.cat([end for end, _ in ends]), torch.cat([clean for _, clean in ends])
 
     def _step(self, preview: Any) -> None:
-        self.evaluations += 1
-        self._bar.update(min(int(self.evaluations), self._total), preview)
+        self._shown += 1
+        self._bar.update(min(self._shown, self._total), preview)
 
     def preview(self, x: Tensor, x0: Tensor, step: int, rows: Sequence[int]) -> list[float | None]:
-        """Scores of predicted clips."""
+        """Scores of clips on the way, by the reward from their noise, else of the predicted ones."""
+        if self._look is not None:
+            self._looks += len(rows)
+            return self._look(x, self.sigmas[step])
         return [score_by(self._judge(self._stretches.latent(clip[None]))[1], self._judge.rule) for clip in x0]
 
     def score(self, x0: Tensor, rows: Sequence[int]) -> list[float | None]:
@@ -119,16 +136,18 @@ class Candidates:
         for place, row in enumerate(order, start=1):
             seed = "" if settings.kind == "particles" else f" (seed {self._seeds[row]})"
             lines.append(f"{place}. clip {row}{seed}: {_value(self._score(row))}{self._reason(row)}")
+        by = "" if self._look is None else ", by the reward"
         for event in found.history:
             if event.step == self._stretches.steps:  # the scores of the end, which are above
                 continue
+            when = f"after {event.step} of {self._stretches.steps} steps"
             scores = ", ".join(_value(score) for score in event.scores)
-            lines.append(
-                f"after {event.step} of {self._stretches.steps} steps: {scores}; {_kept(event.kept, settings)}"
-            )
+            lines.append(f"{when}{by}: {scores}; {_kept(event.kept, settings)}")
         lines.append(f"{len(order)} of {clips(settings.candidates)} finished{_ENDED[found.ended]}")
-        price = f"{found.evaluations:g} steps, {found.evaluations / self._stretches.steps:.3g} times those of one clip"
-        return "\n".join([*lines, f"{price}; {clips(found.scorings)} scored"])
+        # A patch may answer in the model's place, so that nothing was counted.
+        one = self._stretches.steps * self._stretches.evaluations / self._taken or 1.0
+        price = f"{round(found.evaluations, 2):g} passes of the model, {found.evaluations / one:.3g} times those of one"
+        return "\n".join([*lines, f"{price} clip; {clips(found.scorings)} scored"])
 
     def done(self) -> None:
         """Nothing is left to do."""

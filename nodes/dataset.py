@@ -16,7 +16,7 @@ from ..spatialalign.store import LatentsHeader, Store
 from ..spatialalign.tracks import Tracks
 from ..spatialalign.video import Video
 from . import graph, host
-from .sockets import DSR_SOCKET, SCORE_SOCKET, TRACKS_SOCKET, frames_of, to_uint8
+from .sockets import DSR_SOCKET, SCORE_SOCKET, TRACKS_SOCKET, clip_inputs, frames_of, to_uint8
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -79,8 +79,9 @@ class CollectSample(io.ComfyNode):
                     default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
                     tooltip="The model in diffusers' form, as python -m training.dpo --model will be given it.",
                 ),
-                io.Image.Input("images", optional=True, tooltip="The decoded frames. Connect these or video."),
-                io.Video.Input("video", optional=True, tooltip="The decoded clip. Connect this or images."),
+                *clip_inputs(
+                    "The decoded frames. Connect these or video.", "The decoded clip. Connect this or images."
+                ),
                 TRACKS_SOCKET.Input(
                     "tracks", optional=True, tooltip="Tracks of this clip; without them training.score makes them."
                 ),

@@ -11,6 +11,7 @@ from .learned_rewards import JudgeByVlm, LoadVideoReward, LoadVlm, VideoRewardSc
 from .lora import LoadAlignedLora
 from .metrics import ClipMetrics
 from .miniature import LoadMiniature
+from .patches import LoadPatchReward, PatchRewardHeatmap
 from .prompt import DsrFromSet, DsrFromText, DsrPrompt
 from .sampling import LoadLatentReward, RewardGuidance, RewardWeights
 from .scoring import PickBest, ScoreDsr, ScoreSummary
@@ -34,6 +35,8 @@ NODES: list[type[io.ComfyNode]] = [
     LoadVlm,
     JudgeByVlm,
     ClipMetrics,
+    LoadPatchReward,
+    PatchRewardHeatmap,
     LoadAlignedLora,
     LoadLatentReward,
     RewardWeights,

@@ -114,7 +114,7 @@ def unpadded(embedding: Tensor) -> Tensor:
     """An embedding ``(n, d)`` without the zero rows behind that pad it."""
     real = (embedding != 0).any(dim=1).nonzero()
     if not len(real):
-        raise DataError("the positive conditioning is all zeros; connect the encoded prompt to a guided sampler")
+        raise DataError("the positive conditioning is all zeros; connect the encoded prompt")
     return embedding[: int(real[-1]) + 1]
 
 

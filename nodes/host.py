@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-MODEL_FOLDERS = ("grounding-dino", "sam2", "sams", "latent_rewards", "video_reward", "VLM", "dinov2")
+MODEL_FOLDERS = tuple("grounding-dino sam2 sams latent_rewards patch_rewards video_reward VLM dinov2 clip_iqa".split())
 """Folders below ``models`` that the pack adds to the host's own list."""
 
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")

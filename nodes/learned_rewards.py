@@ -13,7 +13,8 @@ from ..spatialalign.dsr import DSR
 from ..spatialalign.errors import ModelError
 from . import host
 from .bridges import fps_input
-from .sockets import DSR_SOCKET, VIDEO_REWARD_SOCKET, VLM_SOCKET, frames_of, to_uint8
+from .kept import NONE, file_times, model_folders
+from .sockets import DSR_SOCKET, VIDEO_REWARD_SOCKET, VLM_SOCKET, clip_inputs, frames_of, to_uint8
 from .values import Values, figure, joined, json_text, shown, values_input, values_output
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 CATEGORY = "SpatialAlign/Score"
 VIDEO_REWARDS, VLMS = "video_reward", "VLM"
 """Folders below ``models``."""
-NONE = "none"
 HUB = {VIDEO_REWARDS: "KwaiVGI/VideoReward", VLMS: "Qwen/Qwen2.5-VL-7B-Instruct"}
 """What is offered where nothing was put yet; it is not downloaded by the pack."""
 
@@ -94,8 +94,7 @@ class LoadVideoReward(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, model: str, base: str, precision: str) -> str:
         """Times of its files: trained anew, or with another instruction beside it, it is loaded anew."""
-        files = sorted(path for path in _located(VIDEO_REWARDS, model).rglob("*") if path.is_file())
-        return " ".join(f"{path.name}-{path.stat().st_mtime_ns}" for path in files)
+        return file_times(_located(VIDEO_REWARDS, model))
 
     @classmethod
     def execute(cls, model: str, base: str, precision: str) -> io.NodeOutput:
@@ -130,8 +129,7 @@ class VideoRewardScore(io.ComfyNode):
                     multiline=True,
                     tooltip="The sentence that the clip was made from, without the negative one.",
                 ),
-                io.Image.Input("images", optional=True, tooltip="The frames of one clip, or a list of clips."),
-                io.Video.Input("video", optional=True, tooltip="A clip with its frame rate, instead of images."),
+                *clip_inputs(),
                 fps_input(),
                 values_input(),
             ],
@@ -195,7 +193,7 @@ class LoadVlm(io.ComfyNode):
                     tooltip="Number format of the weights. 7 billion weights are 14 GB in 16 bits.",
                 ),
             ],
-            outputs=[VLM_SOCKET.Output(display_name="vlm", tooltip="For VLM Judge.")],
+            outputs=[VLM_SOCKET.Output(display_name="vlm", tooltip="For VLM Judge or Patch Reward Heatmap.")],
         )
 
     @classmethod
@@ -224,8 +222,7 @@ class JudgeByVlm(io.ComfyNode):
             inputs=[
                 VLM_SOCKET.Input("vlm", tooltip="From Load VLM."),
                 DSR_SOCKET.Input("dsr", tooltip="The relationship that is asked about."),
-                io.Image.Input("images", optional=True, tooltip="The frames of one clip, or a list of clips."),
-                io.Video.Input("video", optional=True, tooltip="A clip, instead of images."),
+                *clip_inputs(video="A clip, instead of images."),
                 io.Int.Input(
                     "frames", default=3, min=1, max=64, tooltip="How many frames at either end the model is shown."
                 ),
@@ -284,9 +281,9 @@ def _clip(images: Tensor | None, video: Any, fps: float = 16.0) -> Video:
 
 def _folders(folder: str) -> list[str]:
     """Models in ``models/<folder>`` that are folders."""
-    names = host.model_names(folder)
     if folder != VIDEO_REWARDS:
-        return [name for name in names if host.model_path(folder, name).is_dir()]
+        return model_folders(folder)
+    names = host.model_names(folder)
     found = (parent.parent for name in names for parent in PurePosixPath(name).parents if _is_step(parent.name))
     return sorted({str(path) for path in found if path.parts})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from comfy_api.latest import io
 
@@ -11,6 +11,7 @@ from ..spatialalign.dsr import DSR
 from ..spatialalign.errors import DataError
 from ..spatialalign.tracks import Tracks
 from . import host
+from .kept import NONE, Kept, file_times, model_folders
 from .sockets import DSR_SOCKET, TRACKS_SOCKET, to_uint8
 from .values import Values, figure, joined, json_text, shown, values_input, values_output
 
@@ -18,12 +19,17 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-FOLDER, NONE = "dinov2", "none"
-"""``FOLDER`` is below ``models``."""
+DINOS, CLIPS = "dinov2", "clip_iqa"
+"""Folders below ``models``."""
+LATER = ("natural", "quality")
+"""Metrics whose outputs come after all others, where no graph of before has one."""
 
 
 class ClipMetrics(io.ComfyNode):
     """Metrics from frames, and from tracks where they are connected."""
+
+    kept: ClassVar[Kept] = Kept()
+    """The DINOv2 and the CLIP, from one clip to the next."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -33,8 +39,8 @@ class ClipMetrics(io.ComfyNode):
             category="SpatialAlign/Score",
             description=(
                 "Measures a clip beside its score: how smoothly it moves and how much it changes, how VBench and "
-                "T2V-CompBench would judge its relationship by the same tracks, and with a DINOv2 whether the subject "
-                "keeps its looks."
+                "T2V-CompBench would judge its relationship by the same tracks, with a DINOv2 whether the subject "
+                "keeps its looks, and with a CLIP how natural and how good its pictures are."
             ),
             inputs=[
                 io.Image.Input("images", tooltip="The frames of one clip, or a list of clips."),
@@ -44,11 +50,19 @@ class ClipMetrics(io.ComfyNode):
                 DSR_SOCKET.Input("dsr", optional=True, tooltip="Its relationship; tracks and dsr go together."),
                 io.Combo.Input(
                     "identity",
-                    options=[NONE, *_folders()],
+                    options=[NONE, *model_folders(DINOS)],
                     default=NONE,
                     tooltip="A DINOv2 for the subject's identity: a transformers folder in models/dinov2, or none.",
                 ),
                 values_input(),
+                # optional and last, for graphs of before that lack it
+                io.Combo.Input(
+                    "clip_iqa",
+                    options=[NONE, *model_folders(CLIPS)],
+                    default=NONE,
+                    optional=True,
+                    tooltip="A CLIP for natural and quality: a transformers folder in models/clip_iqa, or none.",
+                ),
             ],
             outputs=[
                 io.Float.Output(
@@ -69,10 +83,31 @@ class ClipMetrics(io.ComfyNode):
                 ),
                 io.String.Output(display_name="report", tooltip="JSON: all of them; null for what was not measured."),
                 values_output(),
+                io.Float.Output(
+                    display_name="natural",
+                    tooltip="CLIP-IQA: how natural the frames look, mean over them, 0 to 1; NaN without a CLIP.",
+                ),
+                io.Float.Output(display_name="quality", tooltip="CLIP-IQA: how good the frames look, likewise."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
+
+    @classmethod
+    def fingerprint_inputs(
+        cls,
+        images: Tensor,
+        identity: str,
+        tracks: Tracks | None = None,
+        dsr: DSR | None = None,
+        values: Values | None = None,
+        clip_iqa: str = NONE,
+    ) -> str:
+        """Times of its models' files: by a changed one the clip is measured anew."""
+        chosen = ((DINOS, identity), (CLIPS, clip_iqa))
+        # what is linked is None here
+        named = ((folder, name) for folder, name in chosen if name not in (None, NONE))
+        return " ".join(file_times(host.model_path(folder, name)) for folder, name in named)
 
     @classmethod
     def execute(
@@ -82,33 +117,41 @@ class ClipMetrics(io.ComfyNode):
         tracks: Tracks | None = None,
         dsr: DSR | None = None,
         values: Values | None = None,
+        clip_iqa: str = NONE,
     ) -> io.NodeOutput:
         from ..spatialalign.metrics_frames import frame_change, linear_smoothness
 
         if (tracks is None) != (dsr is None):
             raise DataError("Metrics: connect both tracks and dsr, or neither")
-        frames = to_uint8(images)
-        own = {"smoothness": linear_smoothness(frames), "change": frame_change(frames)}
-        own |= dict.fromkeys(("vbench", "compbench", "identity"))
-        if tracks is not None and dsr is not None:
-            own |= _of_tracks(frames, tracks.oriented(dsr.subject, dsr.object), dsr, identity)
-        elif identity != NONE:
+        if identity != NONE and tracks is None:
             raise DataError("Metrics: identity needs tracks and dsr, which say where the subject is; connect them")
+        for folder, name in ((DINOS, identity), (CLIPS, clip_iqa)):
+            if name == NONE:
+                cls.kept.drop(folder)
+        frames = to_uint8(images)
+        own: dict[str, float | None] = {"smoothness": linear_smoothness(frames), "change": frame_change(frames)}
+        own |= dict.fromkeys(("vbench", "compbench", "identity", *LATER))
+        if tracks is not None and dsr is not None:
+            own |= _of_tracks(frames, tracks.oriented(dsr.subject, dsr.object), dsr, identity, cls.kept)
+        if clip_iqa != NONE:
+            own |= zip(LATER, _looks(frames, clip_iqa, cls.kept), strict=True)
         found = {name: math.nan if value is None else value for name, value in own.items()}
         lines = [f"{name} {figure(value)}" for name, value in found.items() if not math.isnan(value)]
-        return io.NodeOutput(*found.values(), json_text(found), joined(values, found), ui=shown(cls, lines))
+        first = [value for name, value in found.items() if name not in LATER]
+        last = [found[name] for name in LATER]
+        return io.NodeOutput(*first, json_text(found), joined(values, found), *last, ui=shown(cls, lines))
 
 
-def _of_tracks(frames: np.ndarray, tracks: Tracks, dsr: DSR, identity: str) -> dict[str, float | None]:
+def _of_tracks(frames: np.ndarray, tracks: Tracks, dsr: DSR, identity: str, kept: Kept) -> dict[str, float | None]:
     from ..spatialalign.metrics_spatial import compbench_score, vbench_score
 
     found = {"vbench": vbench_score(tracks, dsr), "compbench": compbench_score(tracks, dsr)}
     if identity != NONE:
-        found["identity"] = _identity(frames, tracks, dsr, identity)
+        found["identity"] = _identity(frames, tracks, dsr, identity, kept)
     return found
 
 
-def _identity(frames: np.ndarray, tracks: Tracks, dsr: DSR, name: str) -> float | None:
+def _identity(frames: np.ndarray, tracks: Tracks, dsr: DSR, name: str, kept: Kept) -> float | None:
     """None for a clip that is INVALID: it is not known where its subject is."""
     from ..spatialalign.metrics_identity import IdentityEncoder
     from ..spatialalign.score import dsr_score
@@ -117,12 +160,12 @@ def _identity(frames: np.ndarray, tracks: Tracks, dsr: DSR, name: str) -> float 
     result = dsr_score(tracks, dsr)
     if not result.valid:
         return None
-    # loaded for each clip: it is small beside the models that found the tracks
-    encoder = IdentityEncoder.from_pretrained(host.model_path(FOLDER, name))
-    host.check_interrupt()
-    host.load([host.patcher(encoder.model)])
+    encoder: IdentityEncoder = kept.ready(DINOS, name, IdentityEncoder.from_pretrained)
     return encoder.score(Video(frames, tracks.fps), tracks, result.frames_used)
 
 
-def _folders() -> list[str]:
-    return [name for name in host.model_names(FOLDER) if host.model_path(FOLDER, name).is_dir()]
+def _looks(frames: np.ndarray, name: str, kept: Kept) -> tuple[float, float]:
+    from ..spatialalign.metrics_clip_iqa import ClipIqa
+
+    judge: ClipIqa = kept.ready(CLIPS, name, ClipIqa.from_pretrained)
+    return judge.score(frames)

@@ -13,6 +13,7 @@ from . import host
 from .grounded_sam import MINIATURE
 
 if TYPE_CHECKING:
+    from ..spatialalign.backbones.latent_space import LatentSpace
     from ..spatialalign.rewards.latent import LatentReward
 
 FOLDER = "latent_rewards"
@@ -127,10 +128,15 @@ def check_model(reward: Reward, model: Any) -> None:
     Raises:
         ModelError: another kind of model, other latents or other texts; both sides are named.
     """
-    from ..spatialalign.backbones.latent_space import WAN21_WIDTH, LatentSpace
     from ..spatialalign.rewards.latent import check_fits
 
     found = host.describe_wan(model)
-    space = LatentSpace(_VAE_WIDTHS.get(found.width, WAN21_WIDTH), found.mean, found.std)
     for part in reward.parts:
-        check_fits(part.network, space.name, found.text_dim)
+        check_fits(part.network, latent_space(found).name, found.text_dim)
+
+
+def latent_space(model: host.WanModel) -> LatentSpace:
+    """The space that a model's latents live in; a LATENT of the graph becomes one of it by ``normalise``."""
+    from ..spatialalign.backbones.latent_space import WAN21_WIDTH, LatentSpace
+
+    return LatentSpace(_VAE_WIDTHS.get(model.width, WAN21_WIDTH), model.mean, model.std)

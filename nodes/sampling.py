@@ -24,8 +24,9 @@ class LoadLatentReward(io.ComfyNode):
             category="SpatialAlign/Sampling",
             description=(
                 "Loads a network that reads the latents of a clip while it is still noise and predicts how well it "
-                "will show the relationship of its prompt. Reward Guidance follows it. python -m training.latent_reward"
-                " trains one for a model; it works for every model with the same latents and text encoder."
+                "will show the relationship of its prompt. Reward Guidance follows it, Best of N Sampler and Particle "
+                "Sampler look with it. python -m training.latent_reward trains one for a model; it works for every "
+                "model with the same latents and text encoder."
             ),
             inputs=[
                 io.Combo.Input(
@@ -43,7 +44,8 @@ class LoadLatentReward(io.ComfyNode):
             ],
             outputs=[
                 REWARD_SOCKET.Output(
-                    display_name="reward", tooltip="For Reward Guidance. Only its prediction of the DSR-Score counts."
+                    display_name="reward",
+                    tooltip="For Reward Guidance or a searching sampler. Only its prediction of the DSR-Score counts.",
                 ),
                 io.String.Output(
                     display_name="report",

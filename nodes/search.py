@@ -15,7 +15,9 @@ from . import host
 from .bridges import fps_input
 from .candidates import Candidates, Judge
 from .grounded_sam import GroundedSam
-from .sockets import DSR_SOCKET, GROUNDED_SAM_SOCKET, SCORE_SOCKET, to_image
+from .looking import RewardLook
+from .rewards import Reward
+from .sockets import DSR_SOCKET, GROUNDED_SAM_SOCKET, REWARD_SOCKET, SCORE_SOCKET, to_image
 from .stretches import Plan, Stretches
 
 CATEGORY = "SpatialAlign/Sampling"
@@ -33,9 +35,9 @@ class BestOfNSampler(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Samples several clips of one prompt one after the other, decodes, tracks and scores each, and hands "
-                "on the best. The first is the clip that KSampler makes with this seed, so with keep 1 the result "
-                "scores at least as high. With keep below 1 all are looked at part of the way and only the better ones "
-                "are finished."
+                "on the best. The first is the clip that KSampler makes with this seed, so when all are finished the "
+                "result scores at least as high. With keep below 1 all are looked at part of the way and only the "
+                "better ones are finished. A latent reward can take that look at their noise, before the first step."
             ),
             inputs=[
                 *_model_inputs(),
@@ -49,15 +51,18 @@ class BestOfNSampler(io.ComfyNode):
                     min=0.01,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share of the clips that is taken on after the look; 1 finishes all, without a look.",
+                    tooltip=(
+                        "Share of the clips that is taken on after the look. 1 finishes all: without a look, but with "
+                        "a reward and stop_at in the order of its look."
+                    ),
                 ),
                 io.Float.Input(
                     "preview",
                     default=0.4,
-                    min=0.05,
+                    min=0.0,
                     max=0.95,
                     step=0.01,
-                    tooltip="Share of the steps after which the look is taken, at the clip that is predicted then.",
+                    tooltip="Share of the steps after which the look is taken; 0, only with a reward: at the noise.",
                 ),
                 io.Float.Input(
                     "stop_at",
@@ -68,6 +73,7 @@ class BestOfNSampler(io.ComfyNode):
                     tooltip="No further clip is made once one scores at least this; 0 makes all of them.",
                 ),
                 *_score_inputs(),
+                _reward_input(),
             ],
             outputs=_outputs(),
             hidden=[io.Hidden.unique_id],
@@ -95,17 +101,26 @@ class BestOfNSampler(io.ComfyNode):
         stop_at: float,
         by: Rule,
         fps: float,
+        reward: Reward | None = None,
     ) -> io.NodeOutput:
+        threshold = round(stop_at, 6) or None  # a widget's own arithmetic may give 0.7000000000000001
+        looks = keep < 1 or (reward is not None and threshold is not None)
+        if looks and reward is None and not preview:
+            raise ConfigError(
+                "preview: at 0 a clip is noise, in which the tracker finds nothing; connect a reward, or set it above 0"
+            )
         settings = SearchSettings(
-            "best-of-n" if keep == 1 else "pruned",
+            "pruned" if looks else "best-of-n",
             candidates,
             keep=keep,
-            preview=preview,
-            threshold=round(stop_at, 6) or None,  # a widget's own arithmetic may give 0.7000000000000001
+            preview=preview if looks else None,
+            preview_by="tracker" if reward is None else "reward",
+            threshold=threshold,
         )
+        look = None if reward is None else RewardLook(reward, model, positive)
         plan = Plan(sampler_name, scheduler, steps, cfg, denoise)
         stretches = Stretches(model, positive, negative, latent_image, plan)
-        return _searched(cls, stretches, settings, seed, Judge(vae, grounded_sam, dsr, by, fps))
+        return _searched(cls, stretches, settings, seed, Judge(vae, grounded_sam, dsr, by, fps), look)
 
 
 class ParticleSampler(io.ComfyNode):
@@ -120,7 +135,8 @@ class ParticleSampler(io.ComfyNode):
             description=(
                 "Samples several clips of one prompt side by side and scores on the way what they are becoming: clips "
                 "that do badly are dropped, and those that do well are continued more than once, with fresh noise. "
-                "Feynman-Kac steering; for flow models such as Wan. The best clip of the end is handed on."
+                "Feynman-Kac steering; for flow models such as Wan. The best clip of the end is handed on. The scores "
+                "on the way are the tracker's or a latent reward's."
             ),
             inputs=[
                 *_model_inputs(),
@@ -146,11 +162,14 @@ class ParticleSampler(io.ComfyNode):
                     min=0.01,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share of the steps between two scorings. Each decodes and tracks every clip.",
+                    tooltip=(
+                        "Share of the steps between two scorings. Each decodes and tracks every clip, or asks the "
+                        "reward."
+                    ),
                 ),
                 io.Float.Input(
                     "noise",
-                    default=0.5,
+                    default=1.0,
                     min=0.01,
                     max=1.0,
                     step=0.01,
@@ -173,6 +192,7 @@ class ParticleSampler(io.ComfyNode):
                     tooltip="A clip that scores higher by this much weighs e times as much. Lower is stricter.",
                 ),
                 *_score_inputs(),
+                _reward_input(),
             ],
             outputs=_outputs(),
             hidden=[io.Hidden.unique_id],
@@ -202,11 +222,13 @@ class ParticleSampler(io.ComfyNode):
         temperature: float,
         by: Rule,
         fps: float,
+        reward: Reward | None = None,
     ) -> io.NodeOutput:
         settings = SearchSettings(
             "particles",
             particles,
             preview=preview,
+            preview_by="tracker" if reward is None else "reward",
             resample_every=resample_every,
             potential=potential,
             temperature=temperature,
@@ -219,11 +241,17 @@ class ParticleSampler(io.ComfyNode):
                 f"Particle Sampler: the model ({type(model.model).__name__}) does not predict a flow, and fresh noise "
                 "is added by a flow's rule; use a native Wan model, or Best of N Sampler"
             )
-        return _searched(cls, stretches, settings, seed, Judge(vae, grounded_sam, dsr, by, fps))
+        look = None if reward is None else RewardLook(reward, model, positive)
+        return _searched(cls, stretches, settings, seed, Judge(vae, grounded_sam, dsr, by, fps), look)
 
 
 def _searched(
-    cls: type[io.ComfyNode], stretches: Stretches, settings: SearchSettings, seed: int, judge: Judge
+    cls: type[io.ComfyNode],
+    stretches: Stretches,
+    settings: SearchSettings,
+    seed: int,
+    judge: Judge,
+    look: RewardLook | None,
 ) -> io.NodeOutput:
     """Search, and what either node hands on of it."""
     import torch
@@ -231,7 +259,7 @@ def _searched(
     from ..spatialalign.search_drivers import search
 
     seeds = [candidate_seed(seed, row) for row in range(settings.candidates)]
-    candidates = Candidates(stretches, judge, seeds, settings)
+    candidates = Candidates(stretches, judge, look, seeds, settings)
     noise = torch.cat([stretches.begin(one) for one in seeds])
     (found,) = search(candidates, noise, settings, [seed], stop_on=(host.interruption(),))
     report = candidates.report(found, settings)
@@ -296,6 +324,14 @@ def _sampler_inputs(sampler: str) -> list[Any]:
 def _score_inputs() -> list[Any]:
     rules = "paper: the DSR-Score. normalised: on a scale that all types share. robust: looks between the ends, too."
     return [io.Combo.Input("by", options=list(RULES), tooltip=rules), fps_input()]
+
+
+def _reward_input() -> Any:
+    return REWARD_SOCKET.Input(
+        "reward",
+        optional=True,
+        tooltip="A latent reward that takes the looks on the way, at the noisy clips; without one the tracker does.",
+    )
 
 
 def _outputs() -> list[Any]:

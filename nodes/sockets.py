@@ -22,6 +22,8 @@ GROUNDED_SAM_SOCKET = io.Custom("SPATIALALIGN_GROUNDED_SAM")
 """A detector and a segmenter, loaded through the host's model management."""
 REWARD_SOCKET = io.Custom("SPATIALALIGN_REWARD")
 """A :class:`~.rewards.Reward`: latent rewards, loaded through the host's model management, and their weights."""
+PATCH_REWARD_SOCKET = io.Custom("SPATIALALIGN_PATCH_REWARD")
+"""A :class:`~.patches.LoadedPatchReward`: a judge of blocks, loaded through the host's model management."""
 VIDEO_REWARD_SOCKET = io.Custom("SPATIALALIGN_VIDEO_REWARD")
 """A :class:`~.learned_rewards.LoadedVideoReward`: a VideoReward, loaded through the host's model management."""
 VLM_SOCKET = io.Custom("SPATIALALIGN_VLM")
@@ -68,6 +70,17 @@ def from_video(video: Any) -> tuple[Tensor, float]:
         if len(own.frames) == len(parts.images):  # otherwise a part was cut out
             return to_image(own.frames), own.fps
     return parts.images, float(parts.frame_rate)
+
+
+def clip_inputs(
+    images: str = "The frames of one clip, or a list of clips.",
+    video: str = "A clip with its frame rate, instead of images.",
+) -> list[Any]:
+    """The two sockets for a clip, of which one is connected (:func:`frames_of`), with these tooltips."""
+    return [
+        io.Image.Input("images", optional=True, tooltip=images),
+        io.Video.Input("video", optional=True, tooltip=video),
+    ]
 
 
 def frames_of(images: Tensor | None, video: Any, fps: float) -> tuple[Tensor, float]:

@@ -32,6 +32,7 @@ class Stretches:
 
     Attributes:
         sigmas: the noise levels, down to 0; one more than there are steps.
+        evaluations: passes of the model so far: with classifier-free guidance two of a step, with some samplers more.
         is_flow: whether a level is ``(1 - sigma) x0 + sigma noise``, as in Wan.
     """
 
@@ -52,7 +53,7 @@ class Stretches:
         self.sigmas, self.is_flow = host.sampling_levels(model, plan.sampler, plan.scheduler, plan.steps, plan.denoise)
         if len(self.sigmas) < 2:
             raise ConfigError(f"the scheduler {plan.scheduler} gives no step for denoise {plan.denoise:g}; raise it")
-        self._preview = host.preview(model)
+        self._preview, self.evaluations = host.preview(model), 0
 
     @property
     def steps(self) -> int:
@@ -87,11 +88,19 @@ class Stretches:
         Returns:
             The clip at the last level, and its end as it was predicted last; float32 on the CPU.
         """
-        found = {}
+        found: dict[str, Tensor] = {}
+        passes: list[int] = []
+
+        def counted(model: Any, x: Tensor, *given: Any, **named: Any) -> Any:
+            passes.append(len(x))
+            return model(x, *given, **named)
 
         def steps(function: Any, wrapped: Any, start: Tensor, sigmas: Tensor, extra_args: Any, **rest: Any) -> Tensor:
             # Patches find the number of a step among the levels of the whole schedule.
-            extra_args["model_options"]["transformer_options"]["sample_sigmas"] = self.sigmas
+            options = extra_args["model_options"]["transformer_options"]
+            options["sample_sigmas"] = self.sigmas
+            # What the host calls about each pass of the model; it makes these options anew for every run.
+            options.setdefault("wrappers", {}).setdefault("apply_model", {})["spatialalign"] = [counted]
 
             def told(state: Mapping[str, Any]) -> None:
                 found["x0"] = state["denoised"]
@@ -107,6 +116,7 @@ class Stretches:
         sampler = "euler" if last - first == 1 < self.steps else self._plan.sampler
         levels, seeds = self.sigmas[first : last + 1].clone(), (seed, (seed + first) % 2**64)
         host.sample(self._model, self._guidance, self._latent, sampler, levels, seeds, steps)
+        self.evaluations += sum(passes)
         end = found["end"].float().cpu()
         return end, found["x0"].float().cpu() if "x0" in found else end
 

@@ -11,7 +11,7 @@ from ..spatialalign.errors import ConfigError
 from . import host
 from .bridges import CATEGORY, TracksFromBoxes, TracksFromMasks, fps_input
 from .grounded_sam import GroundedSam, LoadGroundedSam, grounded_sam
-from .sockets import DSR_SOCKET, GROUNDED_SAM_SOCKET, TRACKS_SOCKET, frames_of, to_image, to_uint8
+from .sockets import DSR_SOCKET, GROUNDED_SAM_SOCKET, TRACKS_SOCKET, clip_inputs, frames_of, to_image, to_uint8
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,8 +46,7 @@ class GroundedSamTrack(io.ComfyNode):
             inputs=[
                 GROUNDED_SAM_SOCKET.Input("grounded_sam", tooltip="From Load GroundedSAM or Load Miniature."),
                 DSR_SOCKET.Input("dsr", tooltip="Its subject and object are the two things that are looked for."),
-                io.Image.Input("images", optional=True, tooltip="The frames. Connect these or video, not both."),
-                io.Video.Input("video", optional=True, tooltip="A clip with its frame rate, instead of images."),
+                *clip_inputs("The frames. Connect these or video, not both."),
                 fps_input(),
                 io.Int.Input(
                     "frames_per_clip",

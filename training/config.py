@@ -196,20 +196,21 @@ _NOT_NEGATIVE = (
 
 def _check_ranges(settings: TrainSettings) -> None:
     for name in _ABOVE_ZERO:
-        _require(0 < getattr(settings, name) < math.inf, name, "above 0 and finite", getattr(settings, name))
+        require(0 < getattr(settings, name) < math.inf, name, "above 0 and finite", getattr(settings, name))
     for name in _NOT_NEGATIVE:
-        _require(0 <= getattr(settings, name) < math.inf, name, "0 or more and finite", getattr(settings, name))
+        require(0 <= getattr(settings, name) < math.inf, name, "0 or more and finite", getattr(settings, name))
     for name in ("clip", "max_grad_norm"):
         value = getattr(settings, name)
-        _require(value is None or 0 < value < math.inf, name, "above 0 and finite, or null", value)
-    _require(0 <= settings.held_out < 1, "held_out", "in [0, 1)", settings.held_out)
-    _require(settings.reference_draws <= 1000, "reference_draws", "at most 1000, the levels", settings.reference_draws)
-    _require(0 <= settings.label_smoothing < 0.5, "label_smoothing", "in [0, 0.5)", settings.label_smoothing)
+        require(value is None or 0 < value < math.inf, name, "above 0 and finite, or null", value)
+    require(0 <= settings.held_out < 1, "held_out", "in [0, 1)", settings.held_out)
+    require(settings.reference_draws <= 1000, "reference_draws", "at most 1000, the levels", settings.reference_draws)
+    require(0 <= settings.label_smoothing < 0.5, "label_smoothing", "in [0, 0.5)", settings.label_smoothing)
     target = settings.auto_beta
-    _require(target is None or 0 < target < 0.5, "auto_beta", "between 0 and 0.5, or null", target)
+    require(target is None or 0 < target < 0.5, "auto_beta", "between 0 and 0.5, or null", target)
 
 
-def _require(holds: bool, name: str, expected: str, found: object) -> None:
+def require(holds: bool, name: str, expected: str, found: object) -> None:
+    """Raise :class:`ConfigError` unless a setting is as expected."""
     if not holds:
         raise ConfigError(f"{name} must be {expected}, found {found}")
 
@@ -287,6 +288,13 @@ def _check_contradictions(settings: TrainSettings) -> None:
 def _refuse(settings: TrainSettings, one: str, other: str, contradict: bool, why: str) -> None:
     if contradict:
         raise ConfigError(f"{one} ({getattr(settings, one)}) together with {other} ({getattr(settings, other)}) {why}")
+
+
+def cosine_rate(step: int, warmup: int, steps: int) -> float:
+    """Factor of the learning rate at optimiser step ``step`` (from 0): linear warm-up, then a cosine to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def fingerprint(identity: dict[str, Any]) -> str:

@@ -22,6 +22,8 @@ _WORKING = 40.0
 _WORKING_BATCHED = 75.0
 _FP8_SAVES = 0.5
 """Of the 16-bit bytes of the linears in the blocks, nearly all weights."""
+_TOGETHER = 3
+"""Blocks whose weights are put together at once where they are sharded: the one at work, the next, and its buffer."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,20 @@ class WanShape:
         )
 
     @property
+    def block(self) -> int:
+        """Weights of a block, without biases and norms."""
+        return 8 * self.width * self.width + 2 * self.width * self.hidden
+
+    @property
+    def around(self) -> int:
+        """Weights around the blocks, likewise."""
+        d = self.width
+        return 7 * d * d + 256 * d + (self.text_width + d + 2 * self.patch) * d
+
+    @property
     def parameters(self) -> int:
         """Weights of the transformer, without biases and norms (0.3 % at 1.3B)."""
-        d = self.width
-        block = 8 * d * d + 2 * d * self.hidden
-        return self.blocks * block + 7 * d * d + 256 * d + (self.text_width + d + 2 * self.patch) * d
+        return self.blocks * self.block + self.around
 
     @property
     def attention(self) -> int:
@@ -115,10 +126,20 @@ def pair_flops(shape: WanShape, settings: TrainSettings) -> int:
     return found + (shape.forward if settings.passes == "one-sample" else 0)
 
 
-def pair_peak(shape: WanShape, settings: TrainSettings, batched: bool, bytes_each: int) -> float:
-    """Bytes alive at once while ``micro_pairs`` pairs are trained on; ``bytes_each`` is those of a value, 2 or 4."""
+def pair_peak(shape: WanShape, settings: TrainSettings, batched: bool, bytes_each: int, processes: int = 1) -> float:
+    """Bytes alive at once in each process while ``micro_pairs`` pairs are trained on.
+
+    Args:
+        shape: of model and clips.
+        settings: of the training.
+        batched: whether the passes of a pair are made at once.
+        bytes_each: of a value, 2 or 4.
+        processes: that share the weights where ``settings.shard``; else each holds all of them.
+    """
     unit = shape.tokens * shape.width * bytes_each * settings.micro_pairs
     kept = _KEPT[settings.checkpointing] - (1.0 if settings.offload_inputs else 0.0)
     graphs = 1 if settings.passes == "one-sample" else 2
     weights = shape.parameters * (bytes_each if settings.base_dtype == "model" else bytes_each * _FP8_SAVES)
+    if settings.shard:
+        weights = weights / processes + (shape.around + _TOGETHER * shape.block) * bytes_each
     return weights + graphs * kept * shape.blocks * unit + (_WORKING_BATCHED if batched else _WORKING) * unit

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from spatialalign.claims import exclusive
-from spatialalign.errors import ConfigError, DataError, LoraError
+from spatialalign.errors import DataError, LoraError
 from spatialalign.files import write_json
 from training.cli import command, options_of
 from training.config import TrainSettings, fingerprint
@@ -70,6 +70,8 @@ class Dpo:
     """Check every file the training would read, say what it would cost, and write nothing."""
     tflops: float | None = None
     """For dry_run: TFLOP/s that all processes reach together, to say how long the training would take."""
+    processes: int | None = None
+    """For dry_run: how many share a base with shard; null for those that a launcher started."""
     options: dict[str, Any] = options_of(TrainSettings)
 
     def settings(self) -> TrainSettings:
@@ -309,35 +311,15 @@ def run(args: Dpo) -> None:
     """Load the model, train, and say where the LoRA is."""
     if args.dry_run:
         if launched_rank() == 0:
-            _dry_run(args)
+            from training.dry_run import look
+
+            look(args)
         return
     from training.sharding import backend, with_launcher
 
     settings = with_launcher(args.settings())
     with launched(backend(settings, args.device)) as processes:
         _run(args, settings, processes)
-
-
-def _dry_run(args: Dpo) -> None:
-    from spatialalign.backbones.loading import pick_device, pick_dtype
-    from training.dry_run import check_files, read_model, refuse_bad, report, seconds_text
-
-    settings, store = args.settings(), Store(args.store)
-    if args.tflops is not None and not args.tflops > 0:
-        raise ConfigError(f"tflops must be above 0, found {args.tflops}")
-    prompts, _ = read_pairs(args.pairs or args.store / "pairs.json")
-    model, device = read_model(args.model, args.expert), pick_device(args.device)
-    files = check_files(store, prompts, model)
-    batched = settings.passes == "batched" or (settings.passes == "auto" and device == "cpu")
-    print(report(files, prompts, model, settings, pick_dtype(args.dtype, device).itemsize, batched))
-    if args.tflops is not None:
-        print(seconds_text(model, files, settings, args.tflops))
-    refuse_bad(files)
-    from training.weights import block_weights, read_scores
-
-    if settings.arm == "rwr" or settings.pair_weight != "none":
-        read_scores(store, prompts, scored_by(args.pairs or args.store / "pairs.json"))
-    block_weights(settings, args.patches, prompts)
 
 
 def _run(args: Dpo, settings: TrainSettings, processes: Processes) -> None:

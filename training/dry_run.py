@@ -7,15 +7,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from spatialalign.errors import DataError, ModelError, SpatialAlignError
+from spatialalign.errors import ConfigError, DataError, ModelError, SpatialAlignError
 from spatialalign.store import Sample, Store
 from training.config import TrainSettings
 from training.cost import WanShape, pair_flops, pair_peak
-from training.pairs import PromptPairs
+from training.pairs import PromptPairs, read_pairs, scored_by
+from training.processes import Processes, launched_size
+from training.sharding import check_sharding, with_launcher
+from training.weights import block_weights, read_scores
+
+if TYPE_CHECKING:
+    from training.dpo import Dpo
 
 _FLOATS = ("F32", "F16", "BF16")
 
@@ -51,6 +57,35 @@ class Model:
     def text_width(self) -> int:
         """Of the text embeddings it takes."""
         return int(self.config["text_dim"] if "text_dim" in self.config else self.config["caption_channels"])
+
+
+def look(args: Dpo) -> None:
+    """Check the files of a training and print what it would cost.
+
+    Raises:
+        ConfigError: options that cannot be.
+        DataError: files that cannot be used, by name.
+    """
+    from spatialalign.backbones.loading import pick_device, pick_dtype
+
+    settings, store = with_launcher(args.settings()), Store(args.store)
+    for name, value in (("tflops", args.tflops), ("processes", args.processes)):
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name} must be above 0, found {value}")
+    processes = Processes(size=args.processes or launched_size())
+    check_sharding(settings, processes)
+    pairs = args.pairs or args.store / "pairs.json"
+    prompts, _ = read_pairs(pairs)
+    model, device = read_model(args.model, args.expert), pick_device(args.device)
+    files = check_files(store, prompts, model)
+    batched = settings.passes == "batched" or (settings.passes == "auto" and device == "cpu")
+    print(report(files, prompts, model, settings, pick_dtype(args.dtype, device).itemsize, batched, processes.size))
+    if args.tflops is not None:
+        print(seconds_text(model, files, settings, args.tflops))
+    refuse_bad(files)
+    if settings.arm == "rwr" or settings.pair_weight != "none":
+        read_scores(store, prompts, scored_by(pairs))
+    block_weights(settings, args.patches, prompts)
 
 
 def read_model(name: str, expert: str | None) -> Model:
@@ -125,9 +160,15 @@ def check_files(store: Store, prompts: Sequence[PromptPairs], model: Model) -> F
 
 
 def report(
-    files: Files, prompts: Sequence[PromptPairs], model: Model, settings: TrainSettings, bytes_each: int, batched: bool
+    files: Files,
+    prompts: Sequence[PromptPairs],
+    model: Model,
+    settings: TrainSettings,
+    bytes_each: int,
+    batched: bool,
+    processes: int = 1,
 ) -> str:
-    """What the training is made of and what it costs, in lines."""
+    """What the training is made of and what it costs, in lines; the arguments are those of :func:`.cost.pair_peak`."""
     pairs = sum(len(prompt.winners) * len(prompt.losers) for prompt in prompts)
     lines = [
         f"{len(prompts)} prompts, {sum(files.shapes.values())} clips, {pairs} pairs, "
@@ -138,13 +179,15 @@ def report(
         return "\n".join([*lines, "operations and memory: not known without a clip"])
     shape = WanShape.of(model.config, files.shape)
     step = pair_flops(shape, settings) * settings.batch_pairs
-    peak = pair_peak(shape, settings, batched, bytes_each)
+    peak = pair_peak(shape, settings, batched, bytes_each, processes)
+    where = f" of each of {processes} processes" if settings.shard else ""
     return "\n".join(
         [
             *lines,
             f"{shape.tokens:,} tokens a clip, latents {files.shape}",
             f"{step / 1e12:,.4g} TFLOP a step, {step * settings.steps:.3g} FLOP in all",
-            f"about {peak / 1e9:.3g} GB at the peak, by formula; a CUDA context and fragmentation take 1 to 2 GB more",
+            f"about {peak / 1e9:.3g} GB at the peak{where}, by formula; "
+            "a CUDA context and fragmentation take 1 to 2 GB more",
         ]
     )
 

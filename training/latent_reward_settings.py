@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spatialalign.errors import ConfigError
+from training.config import cosine_rate, require
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,13 @@ class RewardSettings:
     def __post_init__(self) -> None:
         above = "blocks steps batch_pairs micro_pairs lr trunk_lr max_grad_norm shift sharpness head_width".split()
         for name in (*above, "held_out_every", "checkpoint_every", "max_bad_steps"):
-            _require(0 < getattr(self, name) < math.inf, name, "above 0 and finite", getattr(self, name))
+            require(0 < getattr(self, name) < math.inf, name, "above 0 and finite", getattr(self, name))
         weights = ("curve_weight", "score_weight", "valid_weight", "preference_weight")
         for name in (*weights, "weight_decay", "warmup_steps", "seed", "margin", "keep_checkpoints"):
-            _require(0 <= getattr(self, name) < math.inf, name, "0 or more and finite", getattr(self, name))
+            require(0 <= getattr(self, name) < math.inf, name, "0 or more and finite", getattr(self, name))
         for name in ("even_levels", "own_caption"):
-            _require(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
-        _require(0 <= self.held_out < 1, "held_out", "in [0, 1)", self.held_out)
+            require(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
+        require(0 <= self.held_out < 1, "held_out", "in [0, 1)", self.held_out)
         if self.batch_pairs % self.micro_pairs:
             raise ConfigError(
                 f"batch_pairs ({self.batch_pairs}) must be a multiple of micro_pairs ({self.micro_pairs})"
@@ -95,11 +96,4 @@ class RewardSettings:
 
     def rate(self, step: int) -> float:
         """Factor of the learning rate at optimiser step ``step`` (from 0): linear warm-up, then a cosine to 0."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        return 0.5 * (1 + math.cos(math.pi * (step - self.warmup_steps) / (self.steps - self.warmup_steps)))
-
-
-def _require(holds: bool, name: str, expected: str, found: object) -> None:
-    if not holds:
-        raise ConfigError(f"{name} must be {expected}, found {found}")
+        return cosine_rate(step, self.warmup_steps, self.steps)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,20 +12,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from spatialalign.backbones.flow import add_noise, shift_sigma
 from spatialalign.errors import DataError
 from spatialalign.rewards.latent import LatentReward
 from spatialalign.rewards.wan_trunk import EmbeddedText
-from training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from training.label_losses import correlation, pair_accuracy, preference, regression
 from training.latent_labels import Captions, Labels
-from training.latent_losses import correlation, pair_accuracy, preference, regression
 from training.latent_reward_settings import RewardSettings
-from training.monitors import JsonlLog
+from training.reward_loop import Look, RewardLoop
 from training.store import Store
-
-logger = logging.getLogger(__name__)
 
 BINS = ((0.0, 0.3), (0.3, 0.6), (0.6, 0.8), (0.8, 0.9), (0.9, 1.0))
 """Noise levels that the monitors tell apart."""
@@ -74,12 +67,8 @@ class PairDraws:
         return Draw(one, other, caption, sigma.astype(np.float32), int(random.integers(2**62)))
 
 
-class RewardTrainer:
-    """Trains a latent reward on the labels of a store.
-
-    Latents are read when needed. What a step sees depends on (seed, step) alone, so a run that is stopped and continued
-    ends with the same bits as one that was not (on one thread count or one GPU model).
-    """
+class RewardTrainer(RewardLoop):
+    """Trains a latent reward on the labels of a store. Latents are read when needed."""
 
     def __init__(
         self,
@@ -100,15 +89,14 @@ class RewardTrainer:
             labels: of the clips.
             captions: embeddings of every prompt for every type.
             settings: see :class:`RewardSettings`.
-            out: output folder: ``train.jsonl``, ``checkpoints/``.
-            identity: what must be equal for a checkpoint to be continued.
+            out, identity: see :class:`RewardLoop`.
             dtype: that CUDA computes in; weights stay float32.
         """
+        super().__init__("latent reward", settings, settings.steps, out, identity)
         self.reward, self.store, self.labels, self.captions = reward, store, labels, captions
-        self.settings, self.out, self.identity, self._dtype = settings, out, identity, dtype
+        self.settings, self._dtype = settings, dtype
         self.train_rows, self.held_out_rows = split_rows(labels, settings.held_out, settings.seed)
         self._draws = PairDraws(labels, self.train_rows, settings)
-        self.step = self._failed = 0
         self.parameters = dict(reward.named_parameters())
         width = reward.trunk.config.width
         groups = [
@@ -123,49 +111,12 @@ class RewardTrainer:
         """Where the reward is."""
         return self.reward.trunk.patch_embedding.weight.device
 
-    def resume(self, allow_changes: bool = False) -> list[str]:
-        """Continue from the newest complete checkpoint, if there is one; returns the changes that were allowed."""
-        checkpoint = latest_checkpoint(self.out / "checkpoints")
-        if checkpoint is None:
-            return []
-        changes = checkpoint.check_identity(self.identity, allow_changes)
-        load_checkpoint(checkpoint, self.parameters, self.optimizer)
-        self.step, self._failed = checkpoint.step, int(checkpoint.progress.get("failed", 0))
-        return changes
+    def _looks(self) -> Sequence[Look]:
+        return self.held_out()
 
-    def save(self) -> Path:
-        """Write a checkpoint of the steps done so far."""
-        keep, progress = self.settings.keep_checkpoints, {"failed": self._failed}
-        folder = self.out / "checkpoints"
-        return save_checkpoint(folder, self.step, self.parameters, self.optimizer, self.identity, keep, progress)
-
-    def fit(self, stop: Callable[[], bool] = lambda: False) -> bool:
-        """Train until the last step or until ``stop()`` is true after a step; then write a checkpoint.
-
-        Returns:
-            True when the training is over, False when it was stopped before.
-        """
-        settings, log = self.settings, JsonlLog(self.out / "train.jsonl")
-        log.keep_until(self.step)
+    def _update(self) -> dict[str, float]:
+        settings = self.settings
         self.reward.train()
-        with tqdm(total=settings.steps, initial=self.step, desc="latent reward", disable=None) as bar:
-            while self.step < settings.steps:
-                row = self._train_step()
-                bar.update()
-                log.write({"event": "train" if row else "skipped_step", "step": self.step, **row})
-                last, stopping = self.step == settings.steps, stop()
-                if last or self.step % settings.held_out_every == 0:
-                    for values in self.held_out():
-                        log.write({"event": "held_out", "step": self.step, **values})
-                if last or stopping or self.step % settings.checkpoint_every == 0:
-                    self.save()
-                if stopping and not last:
-                    return False
-        return True
-
-    def _train_step(self) -> dict[str, float]:
-        """One optimiser step; returns its losses, or nothing when it was skipped as not finite."""
-        settings, started = self.settings, time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * group["factor"] * settings.rate(self.step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -178,21 +129,7 @@ class RewardTrainer:
             (losses["loss"] / parts).backward()
             for name, value in losses.items():
                 row[name] = row.get(name, 0.0) + float(value.detach()) / parts
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm))
-        self.step += 1
-        if not (math.isfinite(row["loss"]) and math.isfinite(norm)):
-            self._failed += 1
-            if self._failed > settings.max_bad_steps:
-                raise DataError(
-                    f"step {self.step}: loss ({row['loss']}) or gradient norm ({norm}) is not finite, more than "
-                    f"max_bad_steps ({settings.max_bad_steps}) times in a row; the newest checkpoint is unharmed: "
-                    "lower lr"
-                )
-            logger.warning("step %d: loss or gradient is not finite; the step is skipped", self.step)
-            return {}
-        self.optimizer.step()
-        self._failed = 0
-        return row | {"grad_norm": norm, "seconds": round(time.perf_counter() - started, 4)}
+        return self._apply(row)
 
     def _losses(self, draw: Draw, part: slice, generator: torch.Generator) -> dict[str, Tensor]:
         """The losses of some of a step's pairs; both clips of a pair have the same noise, level and caption."""
@@ -303,7 +240,6 @@ class RewardTrainer:
                 target = torch.from_numpy((labels.further[rows, index] - self._means[index]) / self._stds[index])
                 row[FURTHER + name] = pair_accuracy(values[:, 2 + index], target, group, margin)[0]
             found.append(row)
-        self.reward.train()
         return found
 
 

@@ -9,6 +9,7 @@ and :func:`pair_loss` is one after the other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -52,7 +53,7 @@ class Gains:
         supervised: the model's mean squared error (zero where the arm does not learn from this side's clips).
         norm: |v_model|, without gradient.
         reference_norm: |v_reference|.
-        block_gain: reference error minus model error of each block ``(b, F, R, C)``, where the objective is granular.
+        block_gain: reference error minus model error in each block ``(b, F, R, C)``, where the objective is granular.
     """
 
     error: Tensor
@@ -116,21 +117,24 @@ def flow_error(prediction: Tensor, target: Tensor, reduction: Reduction = "mean"
 
 
 def block_error(prediction: Tensor, target: Tensor, grid: BlockGrid, reduction: Reduction = "mean") -> Tensor:
-    """Squared error of a velocity ``(b, c, f, h, w)`` in each block of a grid, ``(b, F, R, C)`` float32."""
+    """What each block of a grid has in the error of a velocity ``(b, c, f, h, w)``: ``(b, F, R, C)`` float32.
+
+    The blocks of a clip sum to its :func:`flow_error`.
+    """
     squared = grid.cut((prediction.float() - target.float()).square().movedim(1, -1)).flatten(4)
-    return squared.mean(4) if reduction == "mean" else squared.sum(4)
+    return squared.mean(4) / math.prod(grid.shape) if reduction == "mean" else squared.sum(4)
 
 
 def block_preferences(winner: Tensor, loser: Tensor, tie: float = 0.0) -> Tensor:
     """Which clip each block is better in, and how much that counts: ``s_k a_k``, of rewards ``(b, F, R, C)`` of both.
 
-    ``s_k`` is the sign of the difference of the rewards, ``a_k`` its magnitude over the sum of all magnitudes of the
-    pair. Differences up to ``tie`` count 0; so does a pair that has no others.
+    ``s_k`` is the sign of the difference of the rewards, ``a_k`` its magnitude over the mean magnitude of the pair's
+    blocks. Differences up to ``tie`` count 0; so does a pair that has no others.
     """
     difference = (winner - loser).float()
     difference = torch.where(difference.abs() > tie, difference, 0.0)
-    total = difference.abs().sum((1, 2, 3), keepdim=True)
-    return torch.where(total > 0, difference / total, 0.0)
+    mean = difference.abs().mean((1, 2, 3), keepdim=True)
+    return torch.where(mean > 0, difference / mean, 0.0)
 
 
 def level_weight(sigma: Tensor) -> Tensor:
@@ -200,8 +204,10 @@ def preference(
     flow-matching error are means over elements whatever the reduction, so that their weights keep their meaning.
 
     With a ``granular_weight`` the preference term becomes ``term(m) + granular_weight sum_k a_k term(s_k m_k)``, where
-    ``m_k`` is the margin of block ``k`` alone (methods: 3). This is our reading of HALO's Gran-DPO (arXiv 2502.06812),
-    whose formula is not public.
+    ``m_k`` is block ``k``'s part of the unclipped margin and the ``a_k`` have the mean 1, so that at the start blocks
+    that all agree pull as hard as the clip. This is our reading of HALO's Gran-DPO (arXiv 2502.06812), whose formula is
+    not public; methods 3 has the mean error of a block in the place of its part, and ``a_k`` that sum to 1. The slope
+    is the same at the start, but those terms saturate early.
 
     Args:
         winner: of b pairs.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from spatialalign.dsr import DSR
 from spatialalign.errors import ConfigError, DataError, SpatialAlignError
@@ -32,6 +34,15 @@ METRICS: Mapping[str, tuple[str, ...]] = {
     "smoothness": ("smoothness", "frame_change"),
 }
 """The metrics beside the score, and the columns that each fills."""
+RULES: Mapping[str, int] = {
+    "vbench": 1,
+    "compbench": 1,
+    "vbench2": 1,
+    "identity": 1,
+    "clip_iqa": 1,
+    "smoothness": 1,
+}
+"""Version of each metric's rule: one more with every change of its numbers, so that kept values are not mixed."""
 MODELS: Mapping[str, tuple[str, str]] = {
     "vbench2": ("vlm", "a chat model that takes pictures, such as Qwen/Qwen2.5-VL-7B-Instruct"),
     "identity": ("dino", "facebook/dinov2-base"),
@@ -138,6 +149,7 @@ class Measurer:
         self.failed: list[tuple[str, str, str]] = []
         self._log = log
         self._known = {(row["sample"], row["metric"]): row for row in (log.rows() if log is not None else [])}
+        self._made = {metric: made_by(options, metric) for metric in options.chosen}
         self._functions: dict[str, Callable[[Subject], Sequence[float | None]]] = {
             "vbench": lambda clip: [vbench_score(clip.tracks, clip.dsr)],
             "compbench": lambda clip: [compbench_score(clip.tracks, clip.dsr)],
@@ -157,17 +169,14 @@ class Measurer:
         return Row(model, sample.prompt_id, sample.seed, dsr.type_code, values, score.reason)
 
     def _beside(self, name: str, sample: Sample, dsr: DSR, score: DsrScore) -> Values:
-        """The chosen metrics of a clip, from the log where it has them for these very files and models."""
-        files = (path.stat() for path in (sample.video, sample.tracks, sample.score))
-        stamp = "/".join(f"{file.st_size}-{file.st_mtime_ns}" for file in files)
+        """The chosen metrics of a clip, from the log where it has them for these very files, rules and models."""
+        stamp = _stamp([sample.video, sample.tracks, sample.score])
         values: Values = {}
         clip: Subject | None = None
         for metric in self.options.chosen:
-            columns = METRICS[metric]
-            # The question depends on how many frames are shown.
-            by = f"{self.options.model_of(metric)}" + (f"/{self.options.vlm_frames}" if metric == "vbench2" else "")
+            columns, made = METRICS[metric], self._made[metric]
             known = self._known.get((name, metric))
-            if known is not None and (known["stamp"], known["by"]) == (stamp, by):
+            if known is not None and known["stamp"] == stamp and is_made_by(known.get("made", {}), made):
                 values |= dict(zip(columns, known["values"], strict=True))
                 continue
             function = self._function(metric)
@@ -179,7 +188,7 @@ class Measurer:
                 found = [None] * len(columns)
             else:
                 if self._log is not None:
-                    self._log.write({"sample": name, "metric": metric, "by": by, "stamp": stamp, "values": found})
+                    self._log.write({"sample": name, "metric": metric, "made": made, "stamp": stamp, "values": found})
             values |= dict(zip(columns, found, strict=True))
         return values
 
@@ -207,6 +216,26 @@ class Measurer:
         return lambda clip: [_answered(ask_both(clip.video, clip.dsr, vlm, self.options.vlm_frames))]
 
 
+def made_by(options: MetricOptions, metric: str) -> dict[str, Any]:
+    """What a metric's value hangs on beside the clip, plain JSON values.
+
+    ``rule``: its version in :data:`RULES`. Of metrics with a model also ``model``: its name, and ``files``: a digest of
+    the sizes and times of its files, None for one that is no folder here. Of vbench2 also ``frames``: how many are
+    sampled, on which the question depends.
+    """
+    made: dict[str, Any] = {"rule": RULES[metric]}
+    if metric in MODELS:
+        model = str(options.model_of(metric))
+        files = sorted(path for path in Path(model).rglob("*") if path.is_file()) if Path(model).is_dir() else []
+        made |= {"model": model, "files": hashlib.sha256(_stamp(files).encode()).hexdigest()[:16] if files else None}
+    return made | ({"frames": options.vlm_frames} if metric == "vbench2" else {})
+
+
+def is_made_by(kept: Mapping[str, Any], made: Mapping[str, Any]) -> bool:
+    """Whether a kept value is what would be computed now; a model whose files are not here is known by its name."""
+    return all(kept.get(key) == value for key, value in made.items() if value is not None)
+
+
 def measure_store(measurer: Measurer, model: str, store: Store, only: Iterable[Key] | None = None) -> list[Row]:
     """The rows of a store by prompt and seed; ``only`` these samples, if given, there or not.
 
@@ -221,6 +250,11 @@ def measure_store(measurer: Measurer, model: str, store: Store, only: Iterable[K
         raise DataError(f"no clip of {store.root} has a score; run python -m training.score --store {store.root}")
     shown = tqdm(samples, desc=model, unit="clip", disable=None)
     return [measurer.measure(model, sample, relations[sample.prompt_id]) for sample in shown]
+
+
+def _stamp(files: Iterable[Path]) -> str:
+    """Sizes and times of files, which change when a file does."""
+    return "/".join(f"{found.st_size}-{found.st_mtime_ns}" for found in (path.stat() for path in files))
 
 
 def _read(sample: Sample, dsr: DSR, score: DsrScore) -> Subject:

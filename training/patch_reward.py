@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from spatialalign.agreement import spearman
 from spatialalign.claims import exclusive
-from spatialalign.errors import ConfigError, DataError
+from spatialalign.errors import DataError
 from spatialalign.files import write_json
 from training.cli import command, options_of
-from training.config import fingerprint
+from training.config import cosine_rate, fingerprint, require
 from training.interrupt import stop_requests
-from training.patch_losses import rank_correlation, reward_loss
 from training.patch_scores import Clip, PatchScores, read_patches
+from training.reward_loop import Look, RewardLoop
 from training.store import Store
 
 if TYPE_CHECKING:
@@ -62,26 +62,26 @@ class PatchSettings:
     """Share of the prompts that is kept out of training and only watched."""
     checkpoint_every: int = 100
     """Steps between two checkpoints."""
+    held_out_every: int = 100
+    """Steps between two looks at the prompts that are held out."""
+    keep_checkpoints: int = 1
+    """How many of the newest checkpoints are kept; 0: all."""
+    max_bad_steps: int = 5
+    """Steps in a row that may be skipped because loss or gradient is not finite before training stops."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_pairs", "lr", "trunk_lr", "max_grad_norm", "checkpoint_every"):
-            _require(0 < getattr(self, name) < math.inf, name, "above 0 and finite", getattr(self, name))
-        for name in ("preference_weight", "margin", "weight_decay", "warmup_steps", "seed"):
-            _require(0 <= getattr(self, name) < math.inf, name, "0 or more and finite", getattr(self, name))
+        above = "steps batch_pairs lr trunk_lr max_grad_norm held_out_every checkpoint_every max_bad_steps".split()
+        for name in above:
+            require(0 < getattr(self, name) < math.inf, name, "above 0 and finite", getattr(self, name))
+        for name in ("preference_weight", "margin", "weight_decay", "warmup_steps", "seed", "keep_checkpoints"):
+            require(0 <= getattr(self, name) < math.inf, name, "0 or more and finite", getattr(self, name))
         for name in ("video_share", "held_out"):
-            _require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
-        _require(self.warmup_steps < self.steps, "warmup_steps", f"below steps ({self.steps})", self.warmup_steps)
+            require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
+        require(self.warmup_steps < self.steps, "warmup_steps", f"below steps ({self.steps})", self.warmup_steps)
 
     def rate(self, step: int) -> float:
         """Factor of the learning rate at optimiser step ``step`` (from 0)."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        return 0.5 * (1 + math.cos(math.pi * (step - self.warmup_steps) / (self.steps - self.warmup_steps)))
-
-
-def _require(holds: bool, name: str, expected: str, found: object) -> None:
-    if not holds:
-        raise ConfigError(f"{name} must be {expected}, found {found}")
+        return cosine_rate(step, self.warmup_steps, self.steps)
 
 
 @dataclass(frozen=True)
@@ -120,17 +120,26 @@ class PatchResult:
     rank_correlation: float | None = None
 
 
-class PatchTrainer:
-    """Trains a patch reward; what a step sees depends on (seed, step) alone, so a run can be stopped and continued.
+class PatchTrainer(RewardLoop):
+    """Trains a patch reward.
 
     Labels are brought to mean 0 and deviation 1 over the blocks of the training clips. :meth:`rescale` takes the values
     back to the teacher's scale at the end.
     """
 
-    def __init__(self, reward: PatchReward, store: Store, labels: PatchScores, settings: PatchSettings) -> None:
-        """``reward`` is trainable; the labels are of clips of ``store``."""
+    def __init__(
+        self,
+        reward: PatchReward,
+        store: Store,
+        labels: PatchScores,
+        settings: PatchSettings,
+        out: Path,
+        identity: dict[str, Any],
+    ) -> None:
+        """``reward`` is trainable; the labels are of clips of ``store``; ``out`` and ``identity`` are the loop's."""
         import torch
 
+        super().__init__("patch reward", settings, settings.steps, out, identity)
         self.reward, self.store, self.labels, self.settings = reward, store, labels, settings
         self.train, self.held_out = split_clips(labels, settings.held_out, settings.seed)
         self._pairs = [clips for clips in by_prompt(self.train).values() if len(clips) > 1]
@@ -150,29 +159,20 @@ class PatchTrainer:
             weight_decay=settings.weight_decay,
         )
 
-    def step(self, step: int) -> dict[str, float]:
-        """One optimiser step; returns loss and gradient norm. Raises :class:`DataError` when they are not finite."""
-        import torch
-
+    def _update(self) -> dict[str, float]:
         settings = self.settings
+        self.reward.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.lr * group["factor"] * settings.rate(step)
+            group["lr"] = settings.lr * group["factor"] * settings.rate(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        one, other, whole = self.draw(step)
+        one, other, whole = self.draw(self.step)
         values, targets = self._judge(one + other, whole)
-        (first, second), (wanted, wanted_other) = values.chunk(2), targets.chunk(2)
-        labels = wanted.flatten(), wanted_other.flatten()
-        loss = reward_loss(first.flatten(), second.flatten(), labels, settings.margin, settings.preference_weight)
+        loss = reward_loss(values, targets, settings.margin, settings.preference_weight)
         loss.backward()
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm))
-        value = float(loss.detach())
-        if not (math.isfinite(value) and math.isfinite(norm)):
-            raise DataError(
-                f"step {step}: loss ({value}) or gradient norm ({norm}) is not finite; the newest checkpoint is "
-                "unharmed: lower lr"
-            )
-        self.optimizer.step()
-        return {"loss": value, "grad_norm": norm, "video": float(whole)}
+        return self._apply({"loss": float(loss.detach()), "video": float(whole)})
+
+    def _looks(self) -> Sequence[Look]:
+        return [{"rank_correlation": self.measure()}]
 
     def draw(self, step: int) -> tuple[list[Clip], list[Clip], bool]:
         """The pairs of a step, two clips of one prompt each, and whether it trains on whole clips."""
@@ -195,11 +195,11 @@ class PatchTrainer:
             for start in range(0, len(self.held_out), 16):
                 values, targets = self._judge(self.held_out[start : start + 16], whole=False)
                 parts.append((values.cpu().numpy().ravel(), targets.cpu().numpy().ravel()))
-        self.reward.train()
         if not parts:
             return None
-        found = rank_correlation(*(np.concatenate(side) for side in zip(*parts, strict=True)))
-        return None if math.isnan(found) else found
+        found, wanted = (np.concatenate(side) for side in zip(*parts, strict=True))
+        known = np.isfinite(found) & ~np.isnan(wanted)
+        return spearman(found[known], wanted[known])
 
     def rescale(self) -> None:
         """Bring the reward's values from standardised labels to the teacher's scale."""
@@ -220,6 +220,21 @@ class PatchTrainer:
         labels = (torch.from_numpy(np.stack([self.labels.of(*clip) for clip in clips])) - self.mean) / self.std
         targets = labels.flatten(1).nanmean(1) if whole else labels
         return found.video if whole else found.blocks, targets.to(device)
+
+
+def reward_loss(values: Tensor, targets: Tensor, margin: float, preference_weight: float) -> Tensor:
+    """Squared error to the labels, plus the weighted Bradley-Terry loss of the pairs, see :mod:`.label_losses`.
+
+    Args:
+        values, targets: ``(2 n, ...)`` of clips or their blocks and their labels, NaN for unknown; row ``k`` is
+            compared with row ``n + k``.
+        margin: pairs whose labels differ by no more count for the squared error alone.
+        preference_weight: of the Bradley-Terry loss.
+    """
+    from training.label_losses import preference, regression
+
+    (one, other), (first, second) = values.chunk(2), targets.chunk(2)
+    return regression(values, targets) + preference_weight * preference(one, other, first - second, margin)
 
 
 def by_prompt(clips: Sequence[Clip]) -> dict[str, list[Clip]]:
@@ -256,11 +271,7 @@ def train(
         DataError: the labels cannot be used, or a loss is not finite.
         ConfigError: ``out`` holds a checkpoint of other settings or labels.
     """
-    from tqdm import tqdm
-
     from spatialalign.rewards.patch import save_patch_reward
-    from training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-    from training.monitors import JsonlLog
     from training.reference_cache import weights_digest
 
     identity = {
@@ -272,24 +283,10 @@ def train(
     }
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out / ".lock", f"the training folder {out}"):
-        trainer, done = PatchTrainer(reward, store, labels, settings), 0
-        checkpoint = latest_checkpoint(out / "checkpoints")
-        if checkpoint is not None:
-            checkpoint.check_identity(identity, False)
-            load_checkpoint(checkpoint, trainer.parameters, trainer.optimizer)
-            done = checkpoint.step
-        log = JsonlLog(out / "train.jsonl")
-        log.keep_until(done)
-        reward.train()
-        for step in tqdm(range(done, settings.steps), desc="patch reward", disable=None):
-            started = time.perf_counter()
-            row = trainer.step(step)
-            log.write({"event": "train", "step": step + 1, **row, "seconds": round(time.perf_counter() - started, 4)})
-            last, stopping = step + 1 == settings.steps, stop()
-            if last or stopping or (step + 1) % settings.checkpoint_every == 0:
-                save_checkpoint(out / "checkpoints", step + 1, trainer.parameters, trainer.optimizer, identity, 1)
-            if stopping and not last:
-                return PatchResult(False, step + 1)
+        trainer = PatchTrainer(reward, store, labels, settings, out, identity)
+        trainer.resume()
+        if not trainer.fit(stop):
+            return PatchResult(False, trainer.step)
         found = trainer.measure()
         trainer.rescale()
         statistics = {

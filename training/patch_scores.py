@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,24 +14,17 @@ from numpy.typing import NDArray
 from spatialalign.blocks import BlockGrid, crops
 from spatialalign.errors import ConfigError, DataError
 from spatialalign.files import atomic_path
+from spatialalign.rewards.vlm_blocks import Teacher
 from training.cli import command
 from training.store import Sample, Store
 
 if TYPE_CHECKING:
     from spatialalign.rewards.patch import PatchReward
-    from spatialalign.rewards.vlm_judge import VlmJudge
 
 Clip = tuple[str, int]
 """A clip: prompt id and seed."""
 
-Teacher = Callable[[NDArray[np.uint8], str], float]
-"""The score of a block, from its pixels ``(t, h, w, 3)`` and the clip's prompt; larger is better, NaN for unknown."""
-
 FORMAT = "spatialalign-patches-1"
-QUESTION = (
-    "Is this part of a video free of visible defects, such as noise, smears or broken shapes? Answer with yes or no "
-    "only."
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,20 +108,6 @@ def teach(store: Store, samples: Sequence[Sample], grid: BlockGrid, teacher: Tea
     return PatchScores(grid, source, values)
 
 
-def vlm_teacher(judge: VlmJudge) -> Teacher:
-    """A vision-language model as a teacher: 1 where it calls a block free of defects, 0 where it does not, else NaN.
-
-    It sees ``judge.window`` frames of the block, spread evenly.
-    """
-    worth = {"yes": 1.0, "no": 0.0, "unclear": float("nan")}
-
-    def teacher(frames: NDArray[np.uint8], prompt: str) -> float:
-        shown = np.linspace(0, len(frames) - 1, min(judge.window, len(frames))).round().astype(int)
-        return worth[judge(frames[shown], QUESTION)]
-
-    return teacher
-
-
 def judge_blocks(
     store: Store, samples: Sequence[Sample], reward: PatchReward, source: str, batch: int = 16
 ) -> PatchScores:
@@ -194,6 +173,7 @@ def run(args: ScorePatches) -> PatchScores:
         reward = load_patch_reward(args.reward, device)
         scores = judge_blocks(store, samples, reward, args.reward.name, args.batch)
     else:
+        from spatialalign.rewards.vlm_blocks import vlm_teacher
         from spatialalign.rewards.vlm_judge import VlmJudge
 
         judge = VlmJudge.from_pretrained(str(args.judge), device)

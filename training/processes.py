@@ -158,6 +158,11 @@ def launched_rank() -> int:
     return _number("RANK", 0)
 
 
+def launched_size() -> int:
+    """How many processes a launcher started; 1 without one."""
+    return _number("WORLD_SIZE", 1)
+
+
 @contextmanager
 def launched(backend: str = "gloo") -> Iterator[Processes]:
     """Meet the other processes that ``torchrun`` or ``accelerate launch`` started, as their environment says.
@@ -166,7 +171,7 @@ def launched(backend: str = "gloo") -> Iterator[Processes]:
         ConfigError: the environment is incomplete, or the others cannot be reached.
         DataError: one of them has ended.
     """
-    size = _number("WORLD_SIZE", 1)
+    size = launched_size()
     if size == 1:
         yield ALONE
         return

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from spatialalign.errors import ConfigError
+from training.config import require
 
 RewardLoss = Literal["btt", "bt", "regression", "bt-ratings", "bt-constant", "bt-scaled"]
 
@@ -88,17 +89,17 @@ class RewardModelSettings:
     def __post_init__(self) -> None:
         above = "rank alpha fps max_pixels max_length epochs batch_pairs micro_pairs lr max_grad_norm".split()
         for name in (*above, "held_out_every", "checkpoint_every", "max_bad_steps"):
-            _require(0 < getattr(self, name) < math.inf, name, "above 0 and finite", getattr(self, name))
+            require(0 < getattr(self, name) < math.inf, name, "above 0 and finite", getattr(self, name))
         for name in ("weight_decay", "margin", "seed", "keep_checkpoints", "cache_mb"):
-            _require(0 <= getattr(self, name) < math.inf, name, "0 or more and finite", getattr(self, name))
+            require(0 <= getattr(self, name) < math.inf, name, "0 or more and finite", getattr(self, name))
         for name in ("steps", "vision_lr", "token_lr", "head_lr"):
             value = getattr(self, name)
-            _require(value is None or 0 < value < math.inf, name, "null, or above 0 and finite", value)
+            require(value is None or 0 < value < math.inf, name, "null, or above 0 and finite", value)
         for name in ("dropout", "held_out", "warmup"):
-            _require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
-        _require(1 < self.theta < math.inf, "theta", "above 1 and finite", self.theta)
-        _require(self.outputs in (1, 3), "outputs", "1 or 3", self.outputs)
-        _require(self.frames is None or self.frames > 1, "frames", "null or at least 2", self.frames)
+            require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
+        require(1 < self.theta < math.inf, "theta", "above 1 and finite", self.theta)
+        require(self.outputs in (1, 3), "outputs", "1 or 3", self.outputs)
+        require(self.frames is None or self.frames > 1, "frames", "null or at least 2", self.frames)
         if self.tokens == "last" and self.outputs == 1:
             raise ConfigError("tokens last with outputs 1 gives one number for three dimensions; set outputs to 3")
         if self.batch_pairs % self.micro_pairs:
@@ -117,8 +118,3 @@ class RewardModelSettings:
     def rate(self, step: int, total: int) -> float:
         """Factor of the learning rates at optimiser step ``step`` (from 0) of ``total``."""
         return min(1.0, (step + 1) / max(1.0, self.warmup * total))
-
-
-def _require(holds: bool, name: str, expected: str, found: object) -> None:
-    if not holds:
-        raise ConfigError(f"{name} must be {expected}, found {found}")

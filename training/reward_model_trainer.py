@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from spatialalign.agreement import accuracy_with_ties, accuracy_without_ties
 from spatialalign.errors import DataError, PromptError, VideoError
@@ -23,8 +21,7 @@ from spatialalign.rewards.video_reward import LearnedVideoReward
 from spatialalign.rewards.video_reward_config import SCORED
 from spatialalign.rewards.video_reward_network import RewardBatch
 from spatialalign.video import read_video
-from training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from training.monitors import JsonlLog
+from training.reward_loop import Look, RewardLoop
 from training.reward_losses import PairLabels, pair_losses
 from training.reward_model_settings import RewardModelSettings
 from training.reward_network import TrainedNetwork, rate_of
@@ -108,16 +105,11 @@ class PairOrder:
         return np.random.default_rng([self._seed, 22, epoch]).permutation(self._pairs)
 
 
-class RewardModelTrainer:
+class RewardModelTrainer(RewardLoop):
     """Trains what of a network learns.
-
-    What a step sees depends on (seed, step) alone, so a run that is stopped and continued ends with the same bits as
-    one that was not (on one thread count or one GPU model).
 
     Attributes:
         reader: prepares clips; its ``left_out`` names those that could not be used.
-        step: optimiser steps done.
-        steps: all of them.
     """
 
     def __init__(
@@ -136,15 +128,13 @@ class RewardModelTrainer:
             pairs: to train on.
             validation: only watched; may be empty.
             settings: see :class:`RewardModelSettings`.
-            out: output folder: ``train.jsonl``, ``checkpoints/``.
-            identity: what must be equal for a checkpoint to be continued.
+            out, identity: see :class:`RewardLoop`.
         """
+        super().__init__("reward model", settings, settings.total_steps(len(pairs)), out, identity)
         assert isinstance(judge.network, TrainedNetwork)
         self.judge, self.network, self.pairs, self.validation = judge, judge.network, pairs, validation
-        self.settings, self.out, self.identity = settings, out, identity
+        self.settings = settings
         self.reader = ClipReader(judge, settings.tokens == "last", settings.cache_mb)
-        self.steps = settings.total_steps(len(pairs))
-        self.step = self._failed = 0
         self._order = PairOrder(len(pairs), settings.batch_pairs, settings.seed)
         self._known: dict[Clip, NDArray[np.float64]] = {}
         self._padding = judge.tokenizer.pad_token_id or 0
@@ -152,47 +142,11 @@ class RewardModelTrainer:
         groups = [{"params": [p], "full_lr": rate_of(name, settings)} for name, p in self.parameters.items()]
         self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
 
-    def resume(self, allow_changes: bool = False) -> list[str]:
-        """Continue from the newest complete checkpoint, if there is one; returns the changes that were allowed."""
-        checkpoint = latest_checkpoint(self.out / "checkpoints")
-        if checkpoint is None:
-            return []
-        changes = checkpoint.check_identity(self.identity, allow_changes)
-        load_checkpoint(checkpoint, self.parameters, self.optimizer)
-        self.step, self._failed = checkpoint.step, int(checkpoint.progress.get("failed", 0))
-        return changes
+    def _looks(self) -> Sequence[Look]:
+        return [self.held_out()]
 
-    def save(self) -> Path:
-        """Write a checkpoint of the steps done so far."""
-        keep, progress = self.settings.keep_checkpoints, {"failed": self._failed}
-        folder = self.out / "checkpoints"
-        return save_checkpoint(folder, self.step, self.parameters, self.optimizer, self.identity, keep, progress)
-
-    def fit(self, stop: Callable[[], bool] = lambda: False) -> bool:
-        """Train until the last step or until ``stop()`` is true after a step; then write a checkpoint.
-
-        Returns:
-            True when the training is over, False when it was stopped before.
-        """
-        settings, log = self.settings, JsonlLog(self.out / "train.jsonl")
-        log.keep_until(self.step)
-        with tqdm(total=self.steps, initial=self.step, desc="reward model", disable=None) as bar:
-            while self.step < self.steps:
-                row = self._train_step()
-                bar.update()
-                log.write({"event": "train" if row else "skipped_step", "step": self.step, **row})
-                last, stopping = self.step == self.steps, stop()
-                if last or self.step % settings.held_out_every == 0:
-                    log.write({"event": "held_out", "step": self.step, **self.held_out()})
-                if last or stopping or self.step % settings.checkpoint_every == 0:
-                    self.save()
-                if stopping and not last:
-                    return False
-        return True
-
-    def _train_step(self) -> dict[str, float]:
-        """One optimiser step; returns what it measured, or nothing when it was skipped."""
-        settings, started = self.settings, time.perf_counter()
+    def _update(self) -> dict[str, float]:
+        settings = self.settings
         for group in self.optimizer.param_groups:
             group["lr"] = group["full_lr"] * settings.rate(self.step, self.steps)
         self.optimizer.zero_grad(set_to_none=True)
@@ -205,27 +159,14 @@ class RewardModelTrainer:
             for start in range(0, len(rows), settings.micro_pairs):
                 if part := self._backward(rows[start : start + settings.micro_pairs]):
                     found.append(part)
-        self.step += 1
-        row = {name: sum(part[name] for part in found) for name in (found[0] if found else ())}
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm))
-        if not (found and math.isfinite(row["loss"]) and math.isfinite(norm)):
-            self._skip("loss or gradient is not finite" if found else "none of its clips can be used")
+        if not found:
+            return self._skip("none of its clips can be used", "look at the clips that were left out")
+        row = self._apply({name: sum(part[name] for part in found) for name in found[0]})
+        if not row:
             return {}
-        self.optimizer.step()
-        self._failed = 0
         decided = row.pop("decided")
         row |= {"loss": row["loss"] / len(rows), "margin": row["margin"] / row["pairs"]}
-        row["accuracy"] = row["accuracy"] / decided if decided else math.nan
-        return row | {"grad_norm": norm, "seconds": round(time.perf_counter() - started, 4)}
-
-    def _skip(self, reason: str) -> None:
-        self._failed += 1
-        if self._failed > self.settings.max_bad_steps:
-            raise DataError(
-                f"step {self.step}: {reason}, more than max_bad_steps ({self.settings.max_bad_steps}) times in a row; "
-                "the newest checkpoint is unharmed: lower the learning rates, or look at the clips that were left out"
-            )
-        logger.warning("step %d: %s; the step is skipped", self.step, reason)
+        return row | {"accuracy": row["accuracy"] / decided if decided else math.nan}
 
     def _backward(self, rows: NDArray[np.int64]) -> dict[str, float]:
         """Gradients of some pairs; sums over them: loss, accuracy, margin, and how many count. Empty without any."""

@@ -47,7 +47,10 @@ def backend(settings: TrainSettings, device: str) -> str:
 def check_sharding(settings: TrainSettings, processes: Processes) -> None:
     """Raise :class:`ConfigError` where one process alone is to shard."""
     if settings.shard and processes.size == 1:
-        raise ConfigError("shard (True) needs several processes, found 1; start them with torchrun, or set shard false")
+        raise ConfigError(
+            "shard (True) needs several processes, found 1; start them with torchrun, say how many with --processes in "
+            "a dry run, or set shard false"
+        )
 
 
 def load_sharded(model: str, device: str, dtype: str, expert: ExpertName | None, processes: Processes) -> Backbone:

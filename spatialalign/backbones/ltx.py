@@ -7,28 +7,22 @@ Wan's it predicts ``noise - x0`` and is told ``1000 sigma``. diffusers stretches
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
-from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, ModelError
-from .base import ExpertName, LoraTargets, SampleSettings
+from .base import LoraTargets, SampleSettings
 from .latent_space import LatentSpace
 from .loading import check_parts, load_model, load_part, load_text, pick_device, pick_dtype, read_index, read_settings
 from .padding import pad_text
-from .pixels import clip_names, require_finite, to_frames, to_video
-from .sampling import Adjust, Flow, seeded_noise
+from .parts import PartedBackbone
+from .sampling import Adjust, Flow
 from .targets import lora_targets
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKLLTXVideo, LTXVideoTransformer3DModel
 
 TEXT_LENGTH = 128
 """Tokens that the text encoder sees, padding included; the transformer sees the real ones."""
@@ -50,42 +44,8 @@ _PARTS = {
 }
 
 
-class LtxBackbone:
-    """An LTX-Video model behind :class:`~spatialalign.backbones.base.Backbone`.
-
-    The VAE and the text encoder are loaded when first used.
-    """
-
-    def __init__(
-        self,
-        model_id: str,
-        transformer: LTXVideoTransformer3DModel,
-        load_vae: Callable[[], AutoencoderKLLTXVideo],
-        load_text: Callable[[], tuple[Any, Any]],
-        space: LatentSpace,
-        compression: tuple[int, int],
-        settings: SampleSettings = LTX_SETTINGS,
-        fps: float = 25.0,
-        device: str = "cpu",
-    ) -> None:
-        """Assemble from parts; :meth:`from_pretrained` is the usual way.
-
-        Args:
-            model_id: name recorded in files.
-            transformer: on any device; moved to ``device``, frozen, in evaluation mode.
-            load_vae: returns the VAE, in float32.
-            load_text: returns the tokenizer and the T5 encoder.
-            space: of the latents.
-            compression: frames and pixels (a side) of a latent.
-            settings: default sampling settings.
-            fps: frames per second of clips; the transformer is told.
-            device: where everything runs.
-        """
-        self.transformer = transformer.to(device).eval().requires_grad_(False)
-        self._model_id = model_id
-        self._load_vae, self._load_text = load_vae, load_text
-        self._space, self._compression = space, compression
-        self._settings, self._fps = settings, fps
+class LtxBackbone(PartedBackbone):
+    """An LTX-Video model behind :class:`~spatialalign.backbones.base.Backbone`."""
 
     @classmethod
     def from_pretrained(
@@ -117,78 +77,13 @@ class LtxBackbone:
         )
 
     @property
-    def model_id(self) -> str:
-        """What files record as the base model."""
-        return self._model_id
-
-    @property
-    def fps(self) -> float:
-        """Frames per second of a decoded clip."""
-        return self._fps
-
-    @property
-    def device(self) -> torch.device:
-        """Where the transformer is."""
-        return self.transformer.proj_out.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision the transformer computes in."""
-        return self.transformer.proj_out.weight.dtype
-
-    @property
-    def latent_space(self) -> str:
-        """``ltx-vae:`` and a digest of the VAE's size and normalisation constants."""
-        return self._space.name
-
-    @property
-    def expert(self) -> ExpertName | None:
-        """None: there is one transformer."""
-        return None
-
-    @property
-    def sigma_range(self) -> tuple[float, float]:
-        """All noise levels."""
-        return 0.0, 1.0
-
-    @cached_property
-    def vae(self) -> AutoencoderKLLTXVideo:
-        """The video VAE, loaded on first use."""
-        return self._load_vae().to(self.device).eval().requires_grad_(False)
-
-    @cached_property
-    def _text(self) -> tuple[Any, Any]:
-        tokenizer, encoder = self._load_text()
-        return tokenizer, encoder.to(self.device).eval().requires_grad_(False)
-
-    def release_text_encoder(self) -> None:
-        """Free the text encoder's memory; it is loaded again when next used."""
-        self.__dict__.pop("_text", None)
-
-    def default_settings(self) -> SampleSettings:
-        """The settings of ``spatialalign.json`` in the model folder, else those of diffusers' documentation."""
-        return self._settings
+    def _weight(self) -> Tensor:
+        return self.transformer.proj_out.weight
 
     @property
     def _patch(self) -> tuple[int, int, int]:
         config = self.transformer.config
         return config.patch_size_t, config.patch_size, config.patch_size
-
-    def latent_shape(self, settings: SampleSettings) -> tuple[int, int, int, int]:
-        """``(c, f, h, w)`` of one clip; raises :class:`ConfigError` when the size does not fit the patches."""
-        time, space = self._compression
-        frames = (settings.frames - 1) // time + 1
-        step, group = space * self._patch[1], self._patch[0]
-        if settings.height % step or settings.width % step or (settings.frames - 1) % time or frames % group:
-            raise ConfigError(
-                f"{settings.frames} frames of {settings.width}x{settings.height} do not fit {self.model_id}: "
-                f"frames must be {time} k + 1, height and width multiples of {step}"
-            )
-        return self._space.channels, frames, settings.height // space, settings.width // space
-
-    def tokens(self, shape: Sequence[int]) -> int:
-        """Length of the self-attention for latents of ``shape (c, f, h, w)``."""
-        return prod(shape[1:]) // prod(self._patch)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> list[Tensor]:
@@ -234,15 +129,11 @@ class LtxBackbone:
         )[0]
         return unpack(found.float(), self._patch, (frames, height, width))
 
-    def noise(self, seeds: Sequence[int], settings: SampleSettings) -> Tensor:
-        """The Gaussian noise each seed starts from, ``(b, c, f, h, w)`` float32, the same on every device."""
-        return seeded_noise(seeds, self.latent_shape(settings))
-
     @contextmanager
     def flow(
         self, text: Sequence[Tensor], negative: Tensor, settings: SampleSettings, adjust: Adjust | None = None
     ) -> Iterator[Flow]:
-        """The sampler of clips of these texts, for use inside the ``with`` block; see :class:`.sampling.Flow`."""
+        """The sampler of clips of these texts; see :meth:`.parts.PartedBackbone.flow`."""
         if settings.guidance_2 is not None:
             raise ConfigError(f"guidance_2 ({settings.guidance_2}) needs a model with two experts; leave it out")
 
@@ -251,41 +142,12 @@ class LtxBackbone:
 
         yield Flow(predict, lambda _: settings.guidance, text, negative, settings, self.device, adjust)
 
-    def sample(
-        self,
-        text: Sequence[Tensor],
-        negative: Tensor,
-        seeds: Sequence[int],
-        settings: SampleSettings,
-        progress: Callable[[int, int], None] | None = None,
-        adjust: Adjust | None = None,
-    ) -> Tensor:
-        """Generate clips with Euler steps on the shifted flow schedule; see :class:`.sampling.Flow`."""
-        with self.flow(text, negative, settings, adjust) as flow:
-            return flow.run(self.noise(seeds, settings), progress=progress)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor, names: Sequence[str] | None = None) -> np.ndarray:
-        """Decode normalised latents ``(b, c, f, h, w)`` to uint8 frames ``(b, T, H, W, 3)``.
-
-        A decoder that takes a noise level is told 0, as by ``LTXPipeline``; noise that it adds itself is the same every
-        time. ``names`` (one per clip) are used in the :class:`DataError` raised when a clip is not finite.
-        """
-        labels = clip_names(names, len(latents))
-        require_finite(latents, labels, "latents")
-        raw = self._space.denormalise(latents.to(self.device, torch.float32))
+    def _decode(self, raw: Tensor) -> Tensor:
+        # A decoder that takes a noise level is told 0, as by LTXPipeline; noise that it adds itself is always the same.
         level = raw.new_zeros(len(raw)) if self.vae.config.timestep_conditioning else None
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(0)
-            video = self.vae.decode(raw, level, return_dict=False)[0]
-        require_finite(video, labels, "decoded frames")
-        return to_frames(video)
-
-    @torch.no_grad()
-    def encode(self, frames: np.ndarray) -> Tensor:
-        """Encode uint8 frames ``(b, T, H, W, 3)``, ``T = 8 k + 1``, to normalised latents (the posterior's mode)."""
-        posterior = self.vae.encode(to_video(frames, self.device)).latent_dist
-        return self._space.normalise(posterior.mode()).cpu()
+            return self.vae.decode(raw, level, return_dict=False)[0]
 
     def lora_targets(self, kind: LoraTargets) -> list[str]:
         """Names of the linears a LoRA of this kind sits on."""

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,8 +20,8 @@ from .experts import Experts
 from .latent_space import LatentSpace
 from .loading import check_parts, load_model, load_part, load_text, pick_device, pick_dtype, read_index, read_settings
 from .padding import collapse_padding, cross_attention_bias, pad_text
-from .pixels import clip_names, require_finite, to_frames, to_video
-from .sampling import Adjust, Flow, seeded_noise
+from .parts import PartedBackbone
+from .sampling import Adjust, Flow
 from .targets import lora_targets
 
 if TYPE_CHECKING:
@@ -48,12 +45,10 @@ _PARTS = {
 }
 
 
-class WanBackbone:
+class WanBackbone(PartedBackbone):
     """A Wan model behind :class:`~spatialalign.backbones.base.Backbone`.
 
-    The VAE and the text encoder are loaded when first used, so a training run on cached latents and embeddings holds
-    the transformer alone. Of a model with two experts, ``transformer`` is the chosen one; the other is loaded when
-    first sampled with.
+    Of a model with two experts, ``transformer`` is the chosen one; the other is loaded when first sampled with.
     """
 
     def __init__(
@@ -81,14 +76,9 @@ class WanBackbone:
             device: where everything runs.
             experts: of a model with two, which one ``transformer`` is.
         """
-        self.transformer = transformer.to(device).eval().requires_grad_(False)
-        self._model_id = model_id
-        self._load_vae = load_vae
-        self._load_text = load_text
-        self._vae_config = vae_config
-        self._space = LatentSpace.from_config(vae_config)
-        self._settings = settings or SampleSettings()
-        self._fps = fps
+        compression = vae_config.get("scale_factor_temporal", 4), vae_config.get("scale_factor_spatial", 8)
+        space, chosen = LatentSpace.from_config(vae_config), settings or SampleSettings()
+        super().__init__(model_id, transformer, load_vae, load_text, space, compression, chosen, fps, device)
         self._experts = experts
 
     @classmethod
@@ -152,43 +142,12 @@ class WanBackbone:
         )
 
     @property
-    def model_id(self) -> str:
-        """What files record as the base model."""
-        return self._model_id
+    def _weight(self) -> Tensor:
+        return self.transformer.patch_embedding.weight
 
     @property
-    def fps(self) -> float:
-        """Frames per second of a decoded clip."""
-        return self._fps
-
-    @property
-    def device(self) -> torch.device:
-        """Where the transformer is."""
-        return self.transformer.patch_embedding.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision the transformer computes in (its norms and time embedding stay in float32)."""
-        return self.transformer.patch_embedding.weight.dtype
-
-    @property
-    def latent_space(self) -> str:
-        """``wan-vae:`` and a digest of the VAE's width and normalisation constants."""
-        return self._space.name
-
-    @cached_property
-    def vae(self) -> AutoencoderKLWan:
-        """The video VAE, loaded on first use."""
-        return self._load_vae().to(self.device).eval().requires_grad_(False)
-
-    @cached_property
-    def _text(self) -> tuple[PreTrainedTokenizerBase, UMT5EncoderModel]:
-        tokenizer, encoder = self._load_text()
-        return tokenizer, encoder.to(self.device).eval().requires_grad_(False)
-
-    def release_text_encoder(self) -> None:
-        """Free the text encoder's memory; it is loaded again when next used."""
-        self.__dict__.pop("_text", None)
+    def _patch(self) -> tuple[int, int, int]:
+        return self.transformer.config.patch_size
 
     @property
     def expert(self) -> ExpertName | None:
@@ -199,26 +158,6 @@ class WanBackbone:
     def sigma_range(self) -> tuple[float, float]:
         """Noise levels of ``transformer``: all, or those of the chosen expert."""
         return (0.0, 1.0) if self._experts is None else self._experts.sigma_range
-
-    def default_settings(self) -> SampleSettings:
-        """The settings of ``spatialalign.json`` in the model folder, else those the model was published with."""
-        return self._settings
-
-    def latent_shape(self, settings: SampleSettings) -> tuple[int, int, int, int]:
-        """``(c, f, h, w)`` of one clip; raises :class:`ConfigError` when the size does not fit the patches."""
-        time, space = self._vae_config.get("scale_factor_temporal", 4), self._vae_config.get("scale_factor_spatial", 8)
-        step = space * self.transformer.config.patch_size[1]
-        if settings.height % step or settings.width % step or (settings.frames - 1) % time:
-            raise ConfigError(
-                f"{settings.frames} frames of {settings.width}x{settings.height} do not fit {self.model_id}: "
-                f"frames must be {time} k + 1, height and width multiples of {step}"
-            )
-        frames = (settings.frames - 1) // time + 1
-        return self.transformer.config.in_channels, frames, settings.height // space, settings.width // space
-
-    def tokens(self, shape: Sequence[int]) -> int:
-        """Length of the self-attention for latents of ``shape (c, f, h, w)``."""
-        return prod(shape[1:]) // prod(self.transformer.config.patch_size)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> list[Tensor]:
@@ -275,27 +214,11 @@ class WanBackbone:
         with cross_attention_bias(transformer, bias):
             return transformer(x, timestep, short, return_dict=False)[0].float()
 
-    def noise(self, seeds: Sequence[int], settings: SampleSettings) -> Tensor:
-        """The Gaussian noise each seed starts from, ``(b, c, f, h, w)`` float32, the same on every device."""
-        return seeded_noise(seeds, self.latent_shape(settings))
-
     @contextmanager
     def flow(
         self, text: Sequence[Tensor], negative: Tensor, settings: SampleSettings, adjust: Adjust | None = None
     ) -> Iterator[Flow]:
-        """The sampler of clips of these texts, for use inside the ``with`` block.
-
-        Two experts take turns at the boundary, both with their own guidance.
-
-        Args:
-            text: one trimmed embedding per clip.
-            negative: embedding of the negative prompt, ``(n, text_dim)``; unused when guidance is 1.
-            settings: size, steps, guidance and shift.
-            adjust: what is done to every velocity after that.
-
-        Raises:
-            ConfigError: ``guidance_2`` for a model with one transformer.
-        """
+        """The sampler of clips of these texts; two experts take turns at the boundary, both with their own guidance."""
         experts = self._experts
         if experts is None and settings.guidance_2 is not None:
             raise ConfigError(f"guidance_2 ({settings.guidance_2}) needs a model with two experts; leave it out")
@@ -311,55 +234,8 @@ class WanBackbone:
 
             yield Flow(predict, guidance, text, negative, settings, self.device, adjust)
 
-    def sample(
-        self,
-        text: Sequence[Tensor],
-        negative: Tensor,
-        seeds: Sequence[int],
-        settings: SampleSettings,
-        progress: Callable[[int, int], None] | None = None,
-        adjust: Adjust | None = None,
-    ) -> Tensor:
-        """Generate clips with Euler steps on the shifted flow schedule.
-
-        Each clip's noise comes from its own seed, so a clip does not depend on what else is in the batch (beyond the
-        last bits of floating-point sums).
-
-        Args:
-            text: one trimmed embedding per clip.
-            negative: see :meth:`flow`.
-            seeds: one per clip.
-            settings: size, steps, guidance and shift.
-            progress: called after each step with (steps done, steps in all).
-            adjust: see :meth:`flow`.
-
-        Returns:
-            Normalised latents ``(b, c, f, h, w)``, float32 on the CPU.
-
-        Raises:
-            ConfigError: not one text per seed, or as :meth:`flow`.
-        """
-        with self.flow(text, negative, settings, adjust) as flow:
-            return flow.run(self.noise(seeds, settings), progress=progress)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor, names: Sequence[str] | None = None) -> np.ndarray:
-        """Decode normalised latents ``(b, c, f, h, w)`` to uint8 frames ``(b, T, H, W, 3)``.
-
-        ``names`` (one per clip) are used in the :class:`DataError` raised when latents or frames are not finite.
-        """
-        labels = clip_names(names, len(latents))
-        require_finite(latents, labels, "latents")
-        raw = self._space.denormalise(latents.to(self.device, torch.float32))
-        video = self.vae.decode(raw, return_dict=False)[0]
-        require_finite(video, labels, "decoded frames")
-        return to_frames(video)
-
-    @torch.no_grad()
-    def encode(self, frames: np.ndarray) -> Tensor:
-        """Encode uint8 frames ``(b, T, H, W, 3)``, ``T = 4 k + 1``, to normalised latents (the posterior's mode)."""
-        posterior = self.vae.encode(to_video(frames, self.device)).latent_dist
-        return self._space.normalise(posterior.mode()).cpu()
+    def _decode(self, raw: Tensor) -> Tensor:
+        return self.vae.decode(raw, return_dict=False)[0]
 
     def lora_targets(self, kind: LoraTargets) -> list[str]:
         """Names of the linears a LoRA of this kind sits on (methods: official train.py for ``"spatialalign"``)."""

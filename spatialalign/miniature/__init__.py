@@ -9,6 +9,7 @@ WAN = WEIGHTS / "wan"
 DETECTOR = WEIGHTS / "detector"
 SEGMENTER = WEIGHTS / "segmenter"
 REWARD = WEIGHTS / "reward" / "latent_reward.safetensors"
+PATCH_REWARD = WEIGHTS / "reward" / "patch_reward.safetensors"
 
 HEIGHT = WIDTH = 64
 HOLD = 4

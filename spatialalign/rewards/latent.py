@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..files import atomic_path
+from .files import RewardFile, trunk_of
 from .head import HeadConfig, RewardHead
 from .values import RewardValues, weighted_total
-from .wan_trunk import EmbeddedText, TrunkConfig, WanTrunk
+from .wan_trunk import EmbeddedText, WanTrunk
 
-REWARD_VERSION = 1
-"""Of the file; raised when an older program would read it wrongly."""
+REWARD_FILE = RewardFile("latent-reward", version=1)
 
 ALWAYS = ("dsr", "valid")
 """Dimensions that every latent reward has, the first ones."""
@@ -141,28 +139,13 @@ def check_fits(reward: LatentReward, latent_space: str, text_dim: int) -> None:
 
 def save_reward(path: str | Path, reward: LatentReward, dtype: torch.dtype = torch.float16) -> None:
     """Write a reward atomically: the trunk in ``dtype``, the head in float32, the rest in the header."""
-    from safetensors.torch import save_file
-
-    tensors = {
-        name: tensor.detach().to("cpu", dtype if name.startswith("trunk.") else torch.float32).contiguous()
-        for name, tensor in reward.state_dict().items()
-    }
     content = {
-        "version": REWARD_VERSION,
-        "kind": "latent-reward",
         "info": asdict(reward.info),
         "dimensions": reward.dimensions,
         "trunk": asdict(reward.trunk.config),
         "head": asdict(reward.head.config),
     }
-    header = {
-        "format": "pt",
-        "spatialalign": json.dumps(content, sort_keys=True),
-        "modelspec.title": f"SpatialAlign latent reward for {reward.info.base_model}",
-        "modelspec.license": reward.info.license,
-    }
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=header)
+    REWARD_FILE.write(path, reward, content, dtype)
 
 
 @torch.inference_mode(False)
@@ -176,33 +159,12 @@ def load_reward(
     Raises:
         ModelError: no such file, no latent reward, one of a later version, or a damaged one.
     """
-    content, tensors = _read(Path(path))
-    try:
-        info = dict(content["info"])
-        trunk_config, head = dict(content["trunk"]), content["head"]
-        info["further"], trunk_config["patch"] = tuple(info["further"]), tuple(trunk_config["patch"])
-        reward = LatentReward(WanTrunk(TrunkConfig(**trunk_config)), RewardInfo(**info), head["width"], head["queries"])
-        reward.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ModelError(f"{path} is a damaged latent reward ({error}); copy or train it again") from error
+    reward = REWARD_FILE.read(path, _build)
     reward.trunk.to(dtype)
     return reward.to(device).eval().requires_grad_(False)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise ModelError(f"the latent reward {path} does not exist")
-    try:
-        with safe_open(path, "pt") as file:
-            content = json.loads((file.metadata() or {}).get("spatialalign", "{}"))
-            if content.get("kind") != "latent-reward":
-                raise ModelError(f"{path} is no latent reward; python -m training.latent_reward writes them")
-            if content["version"] > REWARD_VERSION:
-                raise ModelError(
-                    f"{path} is of version {content['version']}, this program reads up to {REWARD_VERSION}; update it"
-                )
-            return content, {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise ModelError(f"{path} is no safetensors file ({error}); copy it again") from error
+def _build(content: dict[str, Any]) -> LatentReward:
+    info, head = content["info"], content["head"]
+    made_for = RewardInfo(**{**info, "further": tuple(info["further"])})
+    return LatentReward(trunk_of(content), made_for, head["width"], head["queries"])

@@ -7,7 +7,6 @@ reads those of a clip; so one head judges clips and blocks, on one scale.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -19,13 +18,12 @@ from torch import Tensor, nn
 
 from ..blocks import BlockGrid
 from ..errors import ModelError
-from ..files import atomic_path
+from .files import RewardFile, trunk_of
 from .head import HeadConfig, RewardHead
 from .latent import LatentReward
-from .wan_trunk import EmbeddedText, Features, TrunkConfig, WanTrunk
+from .wan_trunk import EmbeddedText, Features, WanTrunk
 
-PATCH_REWARD_VERSION = 1
-"""Of the file; raised when an older program would read it wrongly."""
+PATCH_REWARD_FILE = RewardFile("patch-reward", version=1)
 
 
 @dataclass(frozen=True)
@@ -123,28 +121,13 @@ def check_fits(reward: PatchReward, latent_space: str) -> None:
 
 def save_patch_reward(path: str | Path, reward: PatchReward, dtype: torch.dtype = torch.float16) -> None:
     """Write a patch reward atomically: the trunk in ``dtype``, the head in float32, the rest in the header."""
-    from safetensors.torch import save_file
-
-    tensors = {
-        name: tensor.detach().to("cpu", dtype if name.startswith("trunk.") else torch.float32).contiguous()
-        for name, tensor in reward.state_dict().items()
-    }
     content = {
-        "version": PATCH_REWARD_VERSION,
-        "kind": "patch-reward",
         "info": asdict(reward.info),
         "grid": str(reward.grid),
         "trunk": asdict(reward.trunk.config),
         "head": asdict(reward.head.config),
     }
-    header = {
-        "format": "pt",
-        "spatialalign": json.dumps(content, sort_keys=True),
-        "modelspec.title": f"SpatialAlign patch reward for {reward.info.base_model}",
-        "modelspec.license": reward.info.license,
-    }
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=header)
+    PATCH_REWARD_FILE.write(path, reward, content, dtype)
 
 
 def load_patch_reward(path: str | Path, device: str | torch.device = "cpu") -> PatchReward:
@@ -153,33 +136,9 @@ def load_patch_reward(path: str | Path, device: str | torch.device = "cpu") -> P
     Raises:
         ModelError: no such file, no patch reward, one of a later version, or a damaged one.
     """
-    content, tensors = _read(Path(path))
-    try:
-        trunk, head = dict(content["trunk"]), content["head"]
-        trunk["patch"] = tuple(trunk["patch"])
-        grid, info = BlockGrid.parse(content["grid"]), PatchInfo(**content["info"])
-        reward = PatchReward(WanTrunk(TrunkConfig(**trunk)), grid, info, head["width"], head["queries"])
-        reward.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ModelError(f"{path} is a damaged patch reward ({error}); copy or train it again") from error
-    return reward.to(device).eval().requires_grad_(False)
+    return PATCH_REWARD_FILE.read(path, _build).to(device).eval().requires_grad_(False)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise ModelError(f"the patch reward {path} does not exist")
-    try:
-        with safe_open(path, "pt") as file:
-            content = json.loads((file.metadata() or {}).get("spatialalign", "{}"))
-            if content.get("kind") != "patch-reward":
-                raise ModelError(f"{path} is no patch reward; python -m training.patch_reward writes them")
-            if content["version"] > PATCH_REWARD_VERSION:
-                raise ModelError(
-                    f"{path} is of version {content['version']}, this program reads up to {PATCH_REWARD_VERSION}; "
-                    "update it"
-                )
-            return content, {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise ModelError(f"{path} is no safetensors file ({error}); copy it again") from error
+def _build(content: dict[str, Any]) -> PatchReward:
+    grid, info, head = BlockGrid.parse(content["grid"]), PatchInfo(**content["info"]), content["head"]
+    return PatchReward(trunk_of(content), grid, info, head["width"], head["queries"])

@@ -28,20 +28,21 @@ def patches(repo_root: Path) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("graded", [True, False])
-def test_the_truth_is_what_was_painted(patches: ModuleType, graded: bool) -> None:
-    """Counted again on the clip: the share of every block that is not black; the clip that was given stays."""
+@pytest.mark.parametrize("damage", ["black", "mixed", "corners"])
+def test_the_truth_is_what_was_painted(patches: ModuleType, damage: str) -> None:
+    """Counted again on the clip: the share of every block that is as before; the clip that was given stays."""
     frames = np.full((13, 64, 64, 3), 200, np.uint8)
-    painted, clean = patches.paint(frames, 4, graded, np.random.default_rng(0))
+    painted, clean = patches.paint(frames, 4, damage, np.random.default_rng(0))
     assert frames.min() == 200
     halves = painted[:5], painted[5:]  # latent frames 0 and 1, 2 and 3
     for f, r, c in np.ndindex(2, 4, 4):
         block = halves[f][:, 16 * r : 16 * r + 16, 16 * c : 16 * c + 16]
-        assert clean[f, r, c] == pytest.approx((block.max(-1) > 0).mean())
-    if graded:
-        assert len(np.unique(clean)) > 5
-    else:
+        assert clean[f, r, c] == pytest.approx((np.abs(block.astype(int) - 200).max(-1) <= 32).mean())
+    assert (damage == "mixed") == bool(((painted > 0) & (painted < 200)).any())
+    if damage == "corners":
         assert set(np.unique(clean)) == {0, 1} and (clean[:, 1:3] == 1).all() and (clean[:, :, 1:3] == 1).all()
+    else:
+        assert len(np.unique(clean)) > 5
 
 
 def test_measures_by_hand(patches: ModuleType) -> None:
@@ -73,11 +74,11 @@ def test_a_tiny_run(patches: ModuleType, miniature_weights: Path, tmp_path: Path
     reward = LatentReward(WanTrunk.from_transformer(backbone.transformer, 1), info, head_width=16)
     torch.nn.init.normal_(reward.head.to_values.weight)
     save_reward(tmp_path / "reward.safetensors", reward)
-    sizes = {"prompts": 2, "seeds": 2, "own_seeds": 2, "eval_prompts": 1, "eval_seeds": 1, "arms": "gran-dpo@0.5"}
+    sizes = {"prompts": 2, "seeds": 2, "own_seeds": 2, "eval_prompts": 1, "eval_seeds": 1, "arms": "dpo@50,gran-dpo@50"}
     steps = {"reward_steps": 2, "defect_steps": 2, "dpo_steps": 2, "batch_pairs": 2}
     args = patches.Patches(store.root, tmp_path / "reward.safetensors", tmp_path / "out", **sizes, **steps)
-    assert {"reward", "own clips", "before", "gran-dpo@0.5"} == patches.run(args).keys()
-    assert "| gran-dpo@0.5 |" in (tmp_path / "out" / "patches.md").read_text()
+    assert {"reward", "own clips", "before", "dpo@50", "gran-dpo@50"} == patches.run(args).keys()
+    assert "| gran-dpo@50 | 2 |" in (tmp_path / "out" / "patches.md").read_text()
     assert (tmp_path / "out" / "heat_map.png").is_file()
 
 

@@ -81,6 +81,63 @@ def test_vlm_judge(
     assert grey[0] is False and math.isnan(grey[1]) and math.isnan(grey[2])
 
 
+def test_metrics(comfy: Path, module: Callable[[str], ModuleType], execute: Callable[..., tuple[Any, ...]]) -> None:
+    """A DINOv2 and a CLIP, kept by the node, and taken off the device by the host."""
+    import torch
+    from comfy import model_management
+
+    from spatialalign.metrics_clip_iqa import ClipIqa
+
+    engine = beside("spatialalign/test_metrics_identity.py")
+    engine.write_dino(comfy / "models" / "dinov2" / "tiny")
+    folder = beside("spatialalign/test_metrics_clip_iqa.py").write_clip(comfy / "models" / "clip_iqa" / "tiny")
+    video, tracks = engine.moving(9)
+    inputs = {
+        "images": torch.from_numpy(video.frames) / 255,
+        "tracks": module("spatialalign.tracks").Tracks(tracks.boxes, tracks.confidence, tracks.labels, tracks.size, 8),
+        "dsr": module("spatialalign.dsr").DSR.parse(PROMPT),
+        "identity": "tiny",
+        "clip_iqa": "tiny",
+    }
+    node = module("nodes.metrics").ClipMetrics
+    first = execute(node, **inputs)
+    assert first[4] == pytest.approx(1, abs=1e-5)
+    assert first[7:] == pytest.approx(ClipIqa.from_pretrained(folder).score(video.frames), abs=1e-5)
+    held = [loaded.model for loaded in model_management.current_loaded_models]
+    assert len(held) >= 2 and execute(node, **inputs)[:5] == first[:5]
+    assert [loaded.model for loaded in model_management.current_loaded_models] == held, "they were loaded again"
+    model_management.unload_all_models()
+    assert execute(node, **inputs)[7:] == first[7:]
+
+
+def test_the_example_of_three_judges(server: Any, tiny_vlm: Path, repo_root: Path) -> None:
+    """A video file, by the miniature's own tracker: the values of Metrics and of the chat model arrive together."""
+    from spatialalign.dsr import DSR
+    from spatialalign.metrics_frames import frame_change, linear_smoothness
+    from spatialalign.miniature.world import render
+    from spatialalign.video import read_video, write_video
+
+    dsr = DSR.parse("In a snowy garden, a cat is on the left of a rock, then the cat walks to the right of the rock.")
+    file = server.base / "input" / "my_video.mp4"
+    write_video(file, render(dsr, 0).frames, 8.0)
+    frames = read_video(file).frames
+    shutil.copytree(tiny_vlm, server.base / "models" / "VLM" / "Qwen2.5-VL-7B-Instruct")
+    graph = json.loads((repo_root / "tests" / "workflows_api" / "judge_video.json").read_text(encoding="utf-8"))
+    keys = {node["class_type"]: key for key, node in graph.items()}
+    graph[keys["SpatialAlignLoadGroundedSAM"]]["inputs"] |= {"detector": "miniature", "segmenter": "miniature"}
+    graph[keys["SpatialAlignParse"]]["inputs"]["text"] = dsr.prompt()
+    outputs = server.run(graph)["outputs"]
+    values = json.loads(outputs[keys["PreviewAny"]]["text"][0])
+    metrics = ["smoothness", "change", "vbench", "compbench", "identity", "natural", "quality"]
+    assert list(values) == [*metrics, "vlm_initial", "vlm_final"]
+    assert values["smoothness"] == pytest.approx(linear_smoothness(frames))
+    assert values["change"] == pytest.approx(frame_change(frames))
+    assert 0 < values["vbench"] <= 1 and math.isnan(values["natural"])
+    assert "DSR-Score" in outputs[keys["SpatialAlignScore"]]["text"][0]
+    said = outputs[keys["SpatialAlignVLMJudge"]]["text"][0]
+    assert "Is the cat on the left of the rock in these 3 consecutive frames" in said
+
+
 def test_the_example_mixes_rewards(server: Any, video_reward_folder: Callable[..., Path], repo_root: Path) -> None:
     """Four clips, sampled, tracked, scored by geometry, by a random VideoReward and by smoothness."""
     shutil.copytree(video_reward_folder(), server.base / "models" / "video_reward" / "VideoReward")

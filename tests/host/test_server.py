@@ -163,13 +163,13 @@ def test_examples_run_to_a_score(
 
 
 def test_the_searching_samplers_run(server: Server, workflow: Callable[[str], dict[str, Any]]) -> None:
-    """Eight clips of which the better four are finished, and four that are resampled."""
+    """Eight clips that are finished in the order of a reward until one is good enough, and four that are resampled."""
     graph = workflow("best_of_n_sampler")
     history = server.run(graph)
     for kind, title in (("BestOfNSampler", "pruned-8"), ("ParticleSampler", "particles-4")):
         (key,) = [key for key, node in graph.items() if node["class_type"] == f"SpatialAlign{kind}"]
         (ranking,), (sheet,) = history["outputs"][key]["text"], history["outputs"][key]["images"]
-        assert ranking.startswith(f"{title}, by the paper score:\n1. clip ") and "\n4 of " in ranking
+        assert ranking.startswith(f"{title}, by the paper score:\n1. clip ") and " steps, by the reward: " in ranking
         assert server.raw("/view?" + urllib.parse.urlencode(sheet)).startswith(b"\x89PNG")
 
 

@@ -32,7 +32,7 @@ IDS = [
     *("SpatialAlignTrack", "SpatialAlignTracksFromMasks", "SpatialAlignTracksFromBoxes", "SpatialAlignDrawTracks"),
     *("SpatialAlignScore", "SpatialAlignPickBest", "SpatialAlignScoreSummary"),
     *("SpatialAlignLoadVideoReward", "SpatialAlignVideoRewardScore", "SpatialAlignLoadVLM", "SpatialAlignVLMJudge"),
-    *("SpatialAlignMetrics", "SpatialAlignLoadLora"),
+    *("SpatialAlignMetrics", "SpatialAlignLoadPatchReward", "SpatialAlignPatchRewardHeatmap", "SpatialAlignLoadLora"),
     *("SpatialAlignLoadReward", "SpatialAlignRewardWeights", "SpatialAlignRewardGuidance"),
     *("SpatialAlignBestOfNSampler", "SpatialAlignParticleSampler"),
     *("SpatialAlignCollect", "SpatialAlignLoadMiniature"),
@@ -40,7 +40,7 @@ IDS = [
 TAKE_LISTS = {"SpatialAlignPickBest", "SpatialAlignScoreSummary"}
 END_A_GRAPH = {
     *("SpatialAlignScore", "SpatialAlignScoreSummary", "SpatialAlignCollect"),
-    *("SpatialAlignVideoRewardScore", "SpatialAlignVLMJudge", "SpatialAlignMetrics"),
+    *("SpatialAlignVideoRewardScore", "SpatialAlignVLMJudge", "SpatialAlignMetrics", "SpatialAlignPatchRewardHeatmap"),
 }
 _SEARCH = [False, False, False, True, False, False]
 GIVE_LISTS = {

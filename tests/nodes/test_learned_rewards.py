@@ -65,6 +65,21 @@ def plain(*colours: tuple[int, int, int]) -> Any:
     return torch.stack([torch.tensor(colour).float().expand(16, 16, 3) / 255 for colour in colours])
 
 
+@pytest.fixture
+def path(module: Callable[[str], ModuleType]) -> Callable[..., Any]:
+    """``path(places)``: tracks of a cat level with a box, ``places`` from its centre; both 10 x 10 in 100 x 200."""
+
+    def make(places: list[float]) -> Any:
+        boxes = np.array([[[95 + x, 50 + 0 * x, 105 + x, 60 + 0 * x], [95, 50, 105, 60]] for x in places])
+        labels, size = ("cat", "box"), (100, 200)
+        return module("spatialalign.tracks").Tracks(boxes, np.full((len(places), 2), 0.9), labels, size, 16)
+
+    return make
+
+
+PASSAGE = [-50.0] * 6 + [-20, -12, 12, 20] + [50] * 6
+
+
 # --- VideoReward ----------------------------------------------------------------------------------------------------
 
 
@@ -194,79 +209,6 @@ def test_a_judge_that_is_not_there(
 ) -> None:
     with pytest.raises(module("spatialalign.errors").ModelError, match="hf download Qwen/Qwen2.5-VL-7B-Instruct"):
         run(nodes["SpatialAlignLoadVLM"])
-
-
-# --- Metrics --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def path(module: Callable[[str], ModuleType]) -> Callable[..., Any]:
-    """``path(places)``: tracks of a cat level with a box, ``places`` from its centre; both 10 x 10 in 100 x 200."""
-
-    def make(places: list[float]) -> Any:
-        boxes = np.array([[[95 + x, 50 + 0 * x, 105 + x, 60 + 0 * x], [95, 50, 105, 60]] for x in places])
-        labels, size = ("cat", "box"), (100, 200)
-        return module("spatialalign.tracks").Tracks(boxes, np.full((len(places), 2), 0.9), labels, size, 16)
-
-    return make
-
-
-PASSAGE = [-50.0] * 6 + [-20, -12, 12, 20] + [50] * 6
-
-
-@pytest.mark.parametrize(("places", "compbench"), [(PASSAGE, 1.0), (PASSAGE[::-1], 0.4)])
-def test_metrics_by_hand(
-    nodes: dict[str, Any],
-    run: Run,
-    dsr: Any,
-    path: Callable[..., Any],
-    places: list[float],
-    compbench: float,
-) -> None:
-    """VBench's rule has no sign: it does not see that a passage goes the wrong way, which has 0.4 by the other."""
-    clip = torch.zeros(16, 100, 200, 3)
-    clip[8:] = 1  # one step of the whole range between 16 frames: two of 14 triples are half a range off
-    answer = run(nodes["SpatialAlignMetrics"], images=clip, tracks=path(places), dsr=dsr)
-    assert answer.args[:4] == pytest.approx((1 - 2 * 0.5 / 14, 1 / 15, 1.0, compbench))
-    assert math.isnan(answer.args[4]) and json.loads(answer.args[5])["identity"] is None
-    assert set(answer.args[6]) == {"smoothness", "change", "vbench", "compbench", "identity"}
-    assert "identity" not in answer.ui["text"][0] and "vbench 1.000" in answer.ui["text"][0]
-
-
-def test_metrics_of_frames_alone(nodes: dict[str, Any], run: Run) -> None:
-    answer = run(nodes["SpatialAlignMetrics"], images=torch.ones(4, 8, 8, 3), values={"VQ": 2.0})
-    assert answer.args[:2] == (1.0, 0.0) and all(math.isnan(value) for value in answer.args[2:5])
-    assert answer.args[6]["VQ"] == 2.0
-
-
-def test_identity_by_a_dinov2(
-    nodes: dict[str, Any], run: Run, fake_host: Any, dsr: Any, path: Callable[..., Any]
-) -> None:
-    """A subject that looks the same in every place has 1, one that does not has less."""
-    beside("spatialalign/test_metrics_identity.py").write_dino(fake_host.models / "dinov2" / "tiny")
-    pattern = torch.rand(10, 10, 3, generator=torch.Generator().manual_seed(0))
-    clip = torch.zeros(16, 100, 200, 3)
-    for frame, x in enumerate(PASSAGE):
-        clip[frame, 50:60, int(95 + x) : int(105 + x)] = pattern
-    metrics = nodes["SpatialAlignMetrics"]
-    assert metrics.INPUT_TYPES()["required"]["identity"][1]["options"] == ["none", "tiny"]
-    inputs = {"tracks": path(PASSAGE), "dsr": dsr, "identity": "tiny"}
-    assert run(metrics, images=clip, **inputs).args[4] == pytest.approx(1, abs=1e-5)
-    assert len(fake_host.loaded) == 1
-    clip[8:] = 1 - clip[8:]
-    assert run(metrics, images=clip, **inputs).args[4] < 0.99
-
-
-def test_metrics_that_lack_something(
-    nodes: dict[str, Any], run: Run, dsr: Any, fake_host: Any, module: Callable[[str], ModuleType]
-) -> None:
-    error = module("spatialalign.errors").DataError
-    with pytest.raises(error, match="both tracks and dsr"):
-        run(nodes["SpatialAlignMetrics"], images=frames(), dsr=dsr)
-    with pytest.raises(error, match="identity needs tracks"):
-        run(nodes["SpatialAlignMetrics"], images=frames(), identity="tiny")
-    with pytest.raises(error, match="smoothness is given by two nodes"):
-        run(nodes["SpatialAlignMetrics"], images=frames(), values={"smoothness": 1.0})
 
 
 # --- Pick Best on a mix ---------------------------------------------------------------------------------------------

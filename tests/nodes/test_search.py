@@ -36,6 +36,9 @@ class Sampler:
     ends: Sequence[float | None]
     looks: Sequence[float | None] = ()
     is_flow: bool = True
+    passes: int = 1
+    """Of the model in a step."""
+    evaluations: int = 0
     seeds: list[int] = field(default_factory=list)
     stretches: list[tuple[int, int, int]] = field(default_factory=list)
     """What was sampled: (clip, first, last)."""
@@ -56,6 +59,7 @@ class Sampler:
         assert seed == self.seeds[clip]
         for _ in range(first, last):
             step(None)
+        self.evaluations += self.passes * (last - first)
         self.stretches.append((clip, first, last))
         end = torch.full_like(x, grey(self.ends[clip]))
         return (end, end) if last == STEPS else (x, torch.full_like(x, grey(self.looks[clip])))
@@ -106,7 +110,7 @@ def test_the_best_is_handed_on_and_the_rest_ranked(make: SimpleNamespace, fake_h
     assert lines[0] == "best-of-4, by the paper score:"
     assert lines[1] == f"1. clip 2 (seed {sampler.seeds[2]}): 1.000" and lines[2] == "2. clip 0 (seed 3): 0.500"
     assert lines[4].endswith("INVALID, frames: 0 of 16 frames are valid, at least 4 are needed")
-    assert lines[5:] == ["4 of 4 clips finished", "40 steps, 4 times those of one clip; 4 clips scored"]
+    assert lines[5:] == ["4 of 4 clips finished", "40 passes of the model, 4 times those of one clip; 4 clips scored"]
     assert sampler.stretches == [(clip, 0, STEPS) for clip in range(4)]
     assert sampler.given[1:4] == ("p", "n", "l") and sampler.given[4].cfg == 6.0 and sampler.given[4].denoise == 0.9
     assert fake_host.progress[-1] == (40, 40) and [done for done, _ in fake_host.progress[:40]] == list(range(1, 41))
@@ -134,13 +138,13 @@ def test_nothing_more_is_made_once_one_is_good_enough(make: SimpleNamespace, fak
 
 
 def test_only_those_that_look_good_are_finished(make: SimpleNamespace, fake_host: Any) -> None:
-    sampler = Sampler(ends=[1.0, 0.0, 0.5, 0.5], looks=[None, 0.5, 1.0, 0.0])
+    sampler = Sampler(ends=[1.0, 0.0, 0.5, 0.5], looks=[None, 0.5, 1.0, 0.0], passes=2)
     out = names(make.search("BestOfNSampler", sampler, candidates=4, keep=0.5, preview=0.3))
     assert sampler.stretches == [*((clip, 0, 3) for clip in range(4)), (2, 3, STEPS), (1, 3, STEPS)]
     assert out.result.score == 0.5 and len(out.latents) == 2
     lines = out.ranking.splitlines()
     assert "after 3 of 10 steps: INVALID, 0.500, 1.000, 0.000; taken on: 2, 1" in lines
-    assert lines[-1] == "26 steps, 2.6 times those of one clip; 6 clips scored"
+    assert lines[-1] == "52 passes of the model, 2.6 times those of one clip; 6 clips scored"
     assert fake_host.progress[-1] == (26, 26)
 
 
@@ -158,6 +162,7 @@ class Swarm(Sampler):
     def run(self, seed: int, x: torch.Tensor, first: int, last: int, step: Any) -> tuple[torch.Tensor, torch.Tensor]:
         for _ in range(first, last):
             step(None)
+        self.evaluations += self.passes * (last - first)
         self.stretches.append((0, first, last))
         look = torch.full_like(x, grey(0.0 if x.item() < 1.5 else 1.0))
         return (torch.full_like(x, grey(1.0)), look) if last == STEPS else (x, look)
@@ -171,12 +176,91 @@ def test_particles_are_continued_where_they_do_well(make: SimpleNamespace) -> No
     # The way to the step before the scoring in one go, then step by step, as noise is added after each.
     assert {(first, last) for _, first, last in sampler.stretches} == {(0, 3), *((i, i + 1) for i in range(3, 10))}
     assert out.result.score == 1.0 and len(out.latents) == 3 and "seed" not in out.ranking
-    assert out.ranking.endswith("30 steps, 3 times those of one clip; 6 clips scored")
+    assert out.ranking.endswith("30 passes of the model, 3 times those of one clip; 6 clips scored")
 
 
-def test_particles_need_a_flow(make: SimpleNamespace) -> None:
-    with pytest.raises(make.errors.ConfigError, match="does not predict a flow"):
-        make.search("ParticleSampler", Sampler(ends=[0.5] * 4, is_flow=False))
+# --- Looks by a reward -----------------------------------------------------------------------------------------------
+
+
+class Look:
+    """Takes the place of ``RewardLook``: clip ``i`` will be as good as ``scores[i]``."""
+
+    share = 0.25
+
+    def __init__(self, scores: Sequence[float | None]) -> None:
+        self.scores, self.given, self.asked = scores, (), []  # type: ignore[var-annotated]
+
+    def __call__(self, *given: Any) -> Any:
+        if not self.given:
+            self.given = given
+            return self
+        x, sigma = given
+        self.asked += [(round(clip), round(sigma, 3)) for clip in x.flatten().tolist()]
+        return [self.scores[round(clip)] for clip in x.flatten().tolist()]
+
+
+@pytest.fixture
+def look(module: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Look]:
+    def made(*scores: float | None) -> Look:
+        found = Look(scores)
+        monkeypatch.setattr(module("search"), "RewardLook", found)
+        return found
+
+    return made
+
+
+def test_a_reward_orders_the_noise_until_one_is_good_enough(
+    make: SimpleNamespace, look: Callable[..., Look], fake_host: Any
+) -> None:
+    """Of four noises the third promises most, then the second; that one is the first to be good enough."""
+    sampler, reward = Sampler(ends=[1.0, 1.0, 0.0, 1.0], passes=2), look(0.1, 0.5, 0.7, None)
+    out = names(
+        make.search("BestOfNSampler", sampler, candidates=4, keep=1.0, preview=0.0, stop_at=0.7, reward="the reward")
+    )
+    assert reward.given[0] == "the reward" and reward.given[2] == "p"
+    assert reward.asked == [(clip, 1.0) for clip in range(4)]
+    assert sampler.stretches == [(2, 0, STEPS), (1, 0, STEPS)] and out.result.score == 1.0
+    lines = out.ranking.splitlines()
+    assert "after 0 of 10 steps, by the reward: 0.100, 0.500, 0.700, INVALID; taken on: 2, 1, 0, 3" in lines
+    # Two clips of ten steps with two passes each, and four looks of a quarter of one.
+    assert lines[-1] == "41 passes of the model, 2.05 times those of one clip; 2 clips scored"
+    assert fake_host.progress[-1] == (40, 40) and fake_host.loaded == ["patcher"] * 2
+
+
+def test_a_reward_looks_where_the_widget_says(make: SimpleNamespace, look: Callable[..., Look]) -> None:
+    sampler, reward = Sampler(ends=[0.5] * 4, looks=[None] * 4), look(0.1, 0.5, 0.7, 0.2)
+    out = names(make.search("BestOfNSampler", sampler, candidates=4, keep=0.5, preview=0.3, reward="r"))
+    assert reward.asked == [(clip, 0.7) for clip in range(4)]
+    assert sampler.stretches[4:] == [(2, 3, STEPS), (1, 3, STEPS)]
+    assert out.ranking.endswith("27 passes of the model, 2.7 times those of one clip; 2 clips scored")
+
+
+def test_no_look_is_taken_that_would_change_nothing(make: SimpleNamespace, look: Callable[..., Look]) -> None:
+    reward = look(0.1, 0.5)
+    out = names(make.search("BestOfNSampler", Sampler(ends=[0.5] * 2), candidates=2, preview=0.0, reward="r"))
+    assert not reward.asked and out.ranking.startswith("best-of-2,")
+    assert names(make.search("BestOfNSampler", Sampler(ends=[0.5] * 2), candidates=2, preview=0.0)).ranking
+
+
+def test_the_tracker_cannot_look_at_noise(make: SimpleNamespace) -> None:
+    with pytest.raises(make.errors.ConfigError, match="at 0 a clip is noise, .*connect a reward, or set it above 0"):
+        make.search("BestOfNSampler", Sampler(ends=[0.5] * 4), keep=0.5, preview=0.0)
+
+
+def test_particles_are_weighed_by_a_reward(make: SimpleNamespace, look: Callable[..., Look], fake_host: Any) -> None:
+    """As by the tracker above, but no clip is decoded on the way."""
+    sampler, reward = Swarm(ends=[]), look(0.0, 0.0, 1.0)
+    out = names(make.search("ParticleSampler", sampler, particles=3, resample_every=1.0, reward="r"))
+    assert "after 4 of 10 steps, by the reward: 0.000, 0.000, 1.000; continued: 2, 2, 2\n3 of 3" in out.ranking
+    assert reward.asked == [(clip, 0.6) for clip in range(3)] and fake_host.loaded == ["patcher"] * 3
+    assert out.ranking.endswith("30.75 passes of the model, 3.08 times those of one clip; 3 clips scored")
+
+
+def test_new_nodes_search_as_the_engine_does_by_itself(nodes: dict[str, Any], module: Callable[[str], Any]) -> None:
+    offered = nodes["SpatialAlignParticleSampler"].INPUT_TYPES()["required"]
+    engine = module("spatialalign.search").SearchSettings("particles", 4)
+    assert offered["noise"][1]["default"] == engine.eta and offered["potential"][1]["options"][0] == engine.potential
+    assert offered["temperature"][1]["default"] == engine.temperature
 
 
 # --- A stop ----------------------------------------------------------------------------------------------------------
@@ -207,6 +291,11 @@ def test_a_stop_before_anything_is_finished_stops_the_graph(
 
 
 # --- What is refused -------------------------------------------------------------------------------------------------
+
+
+def test_particles_need_a_flow(make: SimpleNamespace) -> None:
+    with pytest.raises(make.errors.ConfigError, match="does not predict a flow"):
+        make.search("ParticleSampler", Sampler(ends=[0.5] * 4, is_flow=False))
 
 
 @pytest.mark.parametrize(("samples", "found"), [(torch.zeros(2, 16, 4, 8, 8), "2 clips"), ([1], "list")])

@@ -34,11 +34,11 @@ def tiny_processor(side: int) -> Any:
     )
 
 
-def write_clip(folder: Path) -> Path:
+def write_clip(folder: Path, seed: int = 0) -> Path:
     """A random CLIP of transformers' class, 16 pixels, with its processor."""
     from transformers import CLIPConfig, CLIPModel
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     config = CLIPConfig(
@@ -60,6 +60,13 @@ def frames(height: int = 16) -> NDArray[np.uint8]:
     return np.random.default_rng(0).integers(0, 256, (5, height, height + 8, 3), dtype=np.uint8)
 
 
+def on_meta(judge: ClipIqa) -> tuple[tuple[int, ...], str]:
+    """Shape and device of its answer once its model was moved: on "meta" nothing that was left behind would do."""
+    with torch.no_grad():
+        answer = judge.model.to("meta")(frames(64))
+    return tuple(answer.shape), answer.device.type
+
+
 def test_a_clip_of_transformers(tmp_path: Path) -> None:
     compute = pytest.importorskip("torchmetrics.functional.multimodal.clip_iqa")._clip_iqa_compute
     from transformers import CLIPModel, CLIPProcessor
@@ -75,6 +82,7 @@ def test_a_clip_of_transformers(tmp_path: Path) -> None:
     judge = ClipIqa.from_pretrained(folder, batch=2)
     assert judge.score(frames()) == pytest.approx(expected, abs=1e-5)
     assert judge.name == "clip"
+    assert on_meta(judge) == ((5, 2), "meta")
     assert expected[0] != pytest.approx(expected[1], abs=1e-3), "the two prompts are told apart"
     assert all(0.001 < value < 0.999 for value in expected), "the test is no matter of rounding to 0 or 1"
 
@@ -95,6 +103,17 @@ def test_the_papers_model_through_torchmetrics(monkeypatch: pytest.MonkeyPatch) 
     expected = [float(shares[name].mean()) for name in ("natural", "quality")]
     assert judge.score(frames(64)) == pytest.approx(expected, abs=1e-5)
     assert judge.score(frames(64)) == pytest.approx(expected, abs=1e-5), "nothing is left of the clip before"
+    assert on_meta(judge) == ((5, 2), "meta")
+
+
+def test_what_is_no_clip_is_named(tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTModel
+
+    folder = write_clip(tmp_path / "vit")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    ViTModel(ViTConfig(**sizes, image_size=16)).save_pretrained(folder)
+    with pytest.raises(ModelError, match="'vit' is no CLIP; expected a model such as openai/clip-vit-base-patch16"):
+        ClipIqa.from_pretrained(folder)
 
 
 def test_a_folder_that_lacks_something(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from spatialalign.video import Video
 SIDE = 28
 
 
-def write_dino(folder: Path) -> Path:
+def write_dino(folder: Path, seed: int = 0) -> Path:
     """A random DINOv2 of the real class: 28 pixels, four patches, one layer."""
     from transformers import Dinov2Config, Dinov2Model
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_ratio": 2}
     Dinov2Model(Dinov2Config(**sizes, image_size=SIDE, patch_size=14, initializer_range=0.5)).save_pretrained(folder)
     return folder

@@ -111,6 +111,37 @@ def test_the_formulas_give_what_was_counted(changes: dict[str, Any], tflop: floa
     assert FULL.parameters == pytest.approx(1.419e9, rel=3e-3)
 
 
+@pytest.mark.parametrize(
+    ("changes", "alone", "each"),
+    [({}, 69, 46), ({"passes": "one-sample"}, 55, 33), ({"passes": "one-sample", "offload_inputs": True}, 42, 20)],
+)
+def test_a_base_in_parts_takes_its_part_of_the_memory(changes: dict[str, Any], alone: float, each: float) -> None:
+    """The table of docs/scale.md: of 28.6 GB an eighth stays, and 0.47 GB and three blocks of 0.70 GB come together."""
+    shape = WanShape(blocks=40, width=5120, hidden=13824, text_width=4096, patch=64, tokens=32760)
+    settings = replace(PRESETS["spatialalign"], **changes)
+    whole = pair_peak(shape, settings, batched=False, bytes_each=2, processes=8)
+    parts = pair_peak(shape, replace(settings, shard=True), batched=False, bytes_each=2, processes=8)
+    assert (whole / 1e9, parts / 1e9) == (pytest.approx(alone, abs=0.5), pytest.approx(each, abs=0.5))
+    assert (whole - parts) / 1e9 == pytest.approx(28.57 * 7 / 8 - 0.47 - 3 * 0.703, abs=0.01)
+
+
+def test_sharding_counts_the_processes_that_were_started_or_named(
+    tiny_wan: Path,
+    paired_store: Store,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    look(tiny_wan, paired_store, tmp_path / "out", "--shard", "true", "--processes", "4")
+    assert "GB at the peak of each of 4 processes" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        look(tiny_wan, paired_store, tmp_path / "out", "--shard", "true")
+    assert "found 1; start them with torchrun, say how many with --processes" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    look(tiny_wan, paired_store, tmp_path / "out", "--shard", "true")
+    assert "GB at the peak of each of 2 processes" in capsys.readouterr().out
+
+
 def test_ltx_video_is_checked_and_counted(
     tiny_ltx: Path, tiny_wan: Path, paired_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

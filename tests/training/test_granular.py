@@ -16,13 +16,13 @@ from spatialalign.blocks import BlockGrid
 from spatialalign.errors import ConfigError, DataError
 from training.config import TrainSettings
 from training.dpo import train
-from training.losses import Predictions, Weights, block_error, block_preferences, pair_loss
+from training.losses import Predictions, Weights, block_error, block_preferences, flow_error, pair_loss
 from training.objective import Objective
 from training.patch_scores import PatchScores, write_patches
 from training.presets import PRESETS
 from training.store import Store
 
-GRANULAR = Objective("dpo", beta=1.0, granular_weight=0.5)
+GRANULAR = Objective("dpo", beta=1.0, clip=3.0, granular_weight=0.5)
 
 
 def field(*values: float) -> Tensor:
@@ -37,7 +37,7 @@ def weights(*values: float) -> Tensor:
 
 # Winner: target (0, 0), reference (2, 0), model (1, 1) -> block errors ref (4, 0), model (1, 1), gains (3, -1).
 # Loser:  target (1, 1), reference (1, 2), model (3, 1) -> block errors ref (0, 1), model (4, 0), gains (-4, 1).
-# Block margins at beta 1: (7, -2), of which the first is clipped to 5; whole clips: mean of them, 2.5.
+# Blocks' parts of the margin at beta 1: (3.5, -1), of which the first is clipped to 3; the whole clips' is 2.5.
 WINNER = Predictions(model=field(1, 1), reference=field(2, 0), target=field(0, 0))
 LOSER = Predictions(model=field(3, 1), reference=field(1, 2), target=field(1, 1))
 
@@ -58,23 +58,24 @@ def test_block_errors_by_hand() -> None:
     found = block_error(prediction, torch.zeros_like(prediction), BlockGrid(1, 1, 2))
     # left columns 0 and 1: 0 1 4 5 and 8 9 12 13; right: 2 3 6 7 and 10 11 14 15
     left, right = (sum(v * v for v in values) for values in ((0, 1, 4, 5, 8, 9, 12, 13), (2, 3, 6, 7, 10, 11, 14, 15)))
-    assert found.flatten().tolist() == [left / 8, right / 8]
+    assert found.flatten().tolist() == [left / 16, right / 16]
+    assert found.sum().item() == flow_error(prediction, torch.zeros_like(prediction)).item()
     sums = block_error(prediction, torch.zeros_like(prediction), BlockGrid(1, 1, 2), "sum")
     assert sums.flatten().tolist() == [left, right]
 
 
 def test_preferences_of_blocks_by_hand() -> None:
-    """Differences 0.5, -0.3, 0.1 and unknown; beyond a tie of 0.2: 0.5 and -0.3 over 0.8."""
+    """Differences 0.5, -0.3, 0.1 and unknown; beyond a tie of 0.2: 0.5 and -0.3 over a mean of 0.8 / 4."""
     winner = torch.tensor([0.9, 0.2, 0.6, math.nan]).reshape(1, 1, 2, 2)
     loser = torch.tensor([0.4, 0.5, 0.5, 0.5]).reshape(1, 1, 2, 2)
-    assert block_preferences(winner, loser, 0.2).flatten().tolist() == pytest.approx([0.625, -0.375, 0, 0])
+    assert block_preferences(winner, loser, 0.2).flatten().tolist() == pytest.approx([2.5, -1.5, 0, 0])
     assert block_preferences(winner, loser, 1.0).flatten().tolist() == [0, 0, 0, 0]
 
 
 def test_the_granular_loss_by_hand() -> None:
-    """0.75 on the left in favour of the winner, 0.25 on the right of the loser, whose margin there is 2."""
+    """0.75 on the left in favour of the winner, 0.25 on the right of the loser, whose margin there is 1."""
     loss = pair_loss(WINNER, LOSER, GRANULAR, blocks=weights(0.75, -0.25))
-    expected = 0.75 * soft(5.0) + 0.25 * soft(2.0)
+    expected = 0.75 * soft(3.0) + 0.25 * soft(1.0)
     assert loss.granular.item() == pytest.approx(expected)
     assert loss.dpo.item() == pytest.approx(soft(2.5))
     assert loss.total.item() == pytest.approx(soft(2.5) + 0.5 * expected)

@@ -14,6 +14,7 @@ import pytest
 from spatialalign.backbones.wan import WanBackbone
 from spatialalign.dsr import DSR, Relation
 from spatialalign.errors import ConfigError, DataError, ModelError, StoreError
+from spatialalign.metrics_spatial import compbench_score
 from spatialalign.prompts import Prompt, write_csv
 from spatialalign.score import dsr_score
 from spatialalign.tracking.tracker import Tracker
@@ -22,9 +23,11 @@ from spatialalign.video import write_video
 from tests.spatialalign.test_metrics_clip_iqa import write_clip
 from tests.spatialalign.test_metrics_identity import write_dino
 from tests.training.test_evaluate import LeftToRight, lora, make_prompts, measure  # noqa: F401  (lora is a fixture)
+from training import metric_values
 from training.cli import parse
 from training.evaluate import Evaluate
-from training.metric_values import MetricOptions
+from training.evaluate import main as evaluate_main
+from training.metric_values import MetricOptions, is_made_by, made_by
 from training.metrics import Metrics, measure_evaluation, measure_models, parse_models, run
 from training.store import Store
 from training.video_folder import find_videos, import_videos, is_video_folder
@@ -107,6 +110,45 @@ def test_every_metric_and_nothing_twice(tmp_path: Path, tiny_vlm: Path, capsys: 
     draw(tmp_path / "moves" / "p0" / "0" / "video.mp4", RED)
     with pytest.raises(ModelError):
         run(args)
+
+
+def test_values_of_another_rule_or_model_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = {"base": store(tmp_path / "base", obeys=False)}
+    options = MetricOptions(metrics="vbench,compbench")
+
+    def values() -> list[float]:
+        measure_models(base, tmp_path / "out", options)
+        return [float(rows(tmp_path / "out")[0][metric]) for metric in ("vbench", "compbench")]
+
+    before = values()
+    # From here on the rules would give other numbers, which shows what is computed and what is read.
+    monkeypatch.setattr(metric_values, "vbench_score", lambda *_: 0.25)
+    monkeypatch.setattr(metric_values, "compbench_score", lambda *_: 0.75)
+    assert values() == before
+    monkeypatch.setattr(metric_values, "RULES", {**metric_values.RULES, "vbench": 2})
+    assert values() == [0.25, before[1]]
+    # The newer value is the kept one now, and values from before rules had versions are of no known rule.
+    monkeypatch.setattr(metric_values, "vbench_score", lambda *_: 0.5)
+    assert values() == [0.25, before[1]]
+    log = tmp_path / "out" / "values.jsonl"
+    log.write_text(log.read_text().replace('"made"', '"by"'))
+    assert values() == [0.5, 0.75]
+
+
+def test_a_value_hangs_on_its_model_and_on_the_frames_of_its_questions(tmp_path: Path) -> None:
+    folder = tmp_path / "dino"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    dino = MetricOptions(metrics="identity", dino=str(folder))
+    kept = made_by(dino, "identity")
+    assert (kept["rule"], kept["model"]) == (1, str(folder)) and is_made_by(kept, made_by(dino, "identity"))
+    (folder / "model.safetensors").write_bytes(b"other weights")
+    assert not is_made_by(kept, made_by(dino, "identity"))
+    shutil.rmtree(folder)
+    assert is_made_by(kept, made_by(dino, "identity")), "without its files a model is known by its name"
+    assert not is_made_by(kept, made_by(MetricOptions(metrics="identity", dino="facebook/dinov2-base"), "identity"))
+    few, many = (made_by(MetricOptions(vlm="org/judge", vlm_frames=count), "vbench2") for count in (6, 64))
+    assert is_made_by(few, few) and not is_made_by(few, many)
 
 
 def test_a_judge_that_is_unclear_is_no_verdict(tmp_path: Path, tiny_vlm: Path) -> None:
@@ -221,3 +263,23 @@ def test_beside_an_evaluation(
     assert given.metric_options == {"metrics": "all", "dino": "d"}
     with pytest.raises(ConfigError, match="there is no metric 'x'"):
         Evaluate(model="m", out=out, prompts="p", lora=lora, metric_options={"metrics": "x"})
+
+
+def test_beside_arms_on_the_miniature(miniature_weights: Path, tmp_path: Path) -> None:
+    out, reward = tmp_path / "out", miniature_weights / "reward" / "latent_reward.safetensors"
+    given = f"--model miniature --prompts miniature --limit 2 --seeds 0 --steps 3 --arms guidance --reward {reward}"
+    evaluate_main([*given.split(), "--out", str(out), "--device", "cpu", "--metrics", "all"])
+    arms = json.loads((out / "arms.json").read_text())
+    board = json.loads((out / "metrics" / "leaderboard.json").read_text())
+    assert set(board["not_computed"]) == {"vbench2", "identity", "clip_iqa"} and board["failed"] == []
+    for arm, model in zip(arms["arms"], board["models"], strict=True):
+        assert (arm["name"], model["videos"]) == (model["name"], 2)
+        for key in ("correct_at_0.7", "invalid_rate", "mean_score", "robust_correct_at_0.7"):
+            assert model[key] == pytest.approx(arm[key])
+    lines = rows(out / "metrics")
+    assert [line["model"] for line in lines] == ["base", "base", "guidance", "guidance"]
+    for line in lines:
+        sample = Store(out / line["model"]).sample(line["prompt_id"], 0)
+        dsr = Store(out / line["model"]).prompt(line["prompt_id"]).dsr
+        expected = compbench_score(Tracks.load(sample.tracks), dsr)
+        assert float(line["compbench"]) == pytest.approx(expected) and 0 < float(line["smoothness"]) <= 1

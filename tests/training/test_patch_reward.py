@@ -10,18 +10,20 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
+from scipy.stats import spearmanr
 
 from spatialalign.backbones.wan import WanBackbone
 from spatialalign.blocks import BlockGrid
 from spatialalign.errors import ConfigError, DataError, ModelError
 from spatialalign.rewards.latent import LatentReward, RewardInfo, save_reward
 from spatialalign.rewards.patch import PatchReward, load_patch_reward
+from spatialalign.rewards.vlm_blocks import vlm_teacher
 from spatialalign.rewards.wan_trunk import WanTrunk
 from spatialalign.video import write_video
 from training import patch_reward, patch_scores
-from training.patch_losses import rank_correlation, reward_loss
-from training.patch_reward import PatchSettings, PatchTrainer, split_clips
-from training.patch_scores import PatchScores, judge_blocks, read_patches, teach, vlm_teacher, write_patches
+from training.monitors import JsonlLog
+from training.patch_reward import PatchSettings, PatchTrainer, reward_loss, split_clips
+from training.patch_scores import PatchScores, judge_blocks, read_patches, teach, write_patches
 from training.store import Store
 
 GRID = BlockGrid(1, 2, 2)
@@ -59,6 +61,12 @@ def video_reward(backbone: WanBackbone) -> LatentReward:
     reward = LatentReward(WanTrunk.from_transformer(backbone.transformer, 1), info, head_width=16)
     torch.nn.init.normal_(reward.head.to_values.weight, std=0.1)
     return reward
+
+
+def trainer(
+    reward: PatchReward, store: Store, labels: PatchScores, out: Path, settings: PatchSettings = SETTINGS
+) -> PatchTrainer:
+    return PatchTrainer(reward, store, labels, settings, out, {})
 
 
 def test_any_callable_is_a_teacher(filled: Store, tmp_path: Path) -> None:
@@ -105,45 +113,67 @@ def test_files_that_are_no_block_scores(tmp_path: Path) -> None:
 
 def test_the_loss_by_hand() -> None:
     """Errors 1, -1, 0.5 and unknown: 2.25 / 3. Pairs: (2, 1) decided, logit 3 - 0.5; (0, unknown) not."""
-    one, other = torch.tensor([3.0, -1.0]), torch.tensor([1.5, 0.5])
-    labels = torch.tensor([2.0, 0.0]), torch.tensor([1.0, float("nan")])
+    values, labels = torch.tensor([3.0, -1.0, 1.5, 0.5]), torch.tensor([2.0, 0.0, 1.0, float("nan")])
     squared = (1.0 + 1.0 + 0.25) / 3
-    assert reward_loss(one, other, labels, 0.1, 0.0).item() == pytest.approx(squared)
+    assert reward_loss(values, labels, 0.1, 0.0).item() == pytest.approx(squared)
     ordered = float(np.log1p(np.exp(-1.5)))
-    assert reward_loss(one, other, labels, 0.1, 2.0).item() == pytest.approx(squared + 2 * ordered)
-    assert reward_loss(one, other, labels, 1.0, 2.0).item() == pytest.approx(squared)
-    assert reward_loss(one * torch.nan, other, labels, 0.1, 2.0).isnan()  # a broken value is no missing label
+    assert reward_loss(values, labels, 0.1, 2.0).item() == pytest.approx(squared + 2 * ordered)
+    assert reward_loss(values, labels, 1.0, 2.0).item() == pytest.approx(squared)
+    assert reward_loss(values * torch.nan, labels, 0.1, 2.0).isnan()  # a broken value is no missing label
 
 
-def test_the_rank_correlation_by_hand() -> None:
-    """1 - 6 * (1 + 1) / (4 * 15) = 0.8; with ties 1, 2.5, 2.5, 4 against 1, 2, 3, 4: 4.5 / sqrt(4.5 * 5)."""
-    one = np.array([1.0, 2.0, 3.0, 4.0])
-    assert rank_correlation(one, np.array([10.0, 30.0, 20.0, 99.0])) == pytest.approx(0.8)
-    assert rank_correlation(one, np.array([0.0, 5.0, 5.0, 6.0])) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
-    assert rank_correlation(one, np.array([4.0, np.nan, 2.0, 1.0])) == pytest.approx(-1)
-    assert np.isnan(rank_correlation(one, np.ones(4)))
+def test_the_rank_correlation_is_of_the_known_blocks_of_held_out_clips(
+    filled: Store, backbone: WanBackbone, tmp_path: Path
+) -> None:
+    """Against scipy's, with one block unknown; None where all labels of the held-out clips are alike."""
+    reward, labels = PatchReward.from_video(video_reward(backbone), GRID), labels_of(filled)
+    held_out = split_clips(labels, SETTINGS.held_out, SETTINGS.seed)[1]
+    labels.values[held_out[0]][0, 0, 0] = np.nan
+    found = trainer(reward, filled, labels, tmp_path).measure()
+    scores = judge_blocks(filled, filled.samples(), reward, "x")
+    values, targets = (np.concatenate([side.of(*clip).ravel() for clip in held_out]) for side in (scores, labels))
+    assert len(targets) == 12 and np.isnan(targets).sum() == 1
+    expected = spearmanr(values[~np.isnan(targets)], targets[~np.isnan(targets)]).statistic
+    assert found == pytest.approx(expected, abs=1e-6)
+    alike = {clip: np.ones(GRID.shape, np.float32) for clip in held_out}
+    assert trainer(reward, filled, replace(labels, values=labels.values | alike), tmp_path).measure() is None
 
 
-def test_steps_of_whole_clips_are_a_share_and_pairs_share_a_prompt(filled: Store, backbone: WanBackbone) -> None:
+def test_looks_and_bad_steps_are_logged(filled: Store, backbone: WanBackbone, tmp_path: Path) -> None:
     reward = PatchReward.from_video(video_reward(backbone), GRID)
-    trainer = PatchTrainer(reward, filled, labels_of(filled), replace(SETTINGS, video_share=0.25))
-    draws = [trainer.draw(step) for step in range(400)]
+    settings = replace(SETTINGS, held_out_every=2, steps=4, max_bad_steps=2)
+    assert trainer(reward, filled, labels_of(filled), tmp_path / "good", settings).fit()
+    rows = JsonlLog(tmp_path / "good" / "train.jsonl").rows()
+    assert [row["step"] for row in rows if row["event"] == "held_out"] == [2, 4]
+    assert all(-1 <= row["rank_correlation"] <= 1 for row in rows if row["event"] == "held_out")
+    with torch.no_grad():
+        reward.head.to_values.bias.fill_(torch.inf)
+    with pytest.raises(DataError, match=r"step 3: loss .* is not finite, more than max_bad_steps \(2\)"):
+        trainer(reward, filled, labels_of(filled), tmp_path / "bad", settings).fit()
+
+
+def test_steps_of_whole_clips_are_a_share_and_pairs_share_a_prompt(
+    filled: Store, backbone: WanBackbone, tmp_path: Path
+) -> None:
+    reward = PatchReward.from_video(video_reward(backbone), GRID)
+    one = trainer(reward, filled, labels_of(filled), tmp_path, replace(SETTINGS, video_share=0.25))
+    draws = [one.draw(step) for step in range(400)]
     assert 0.18 < np.mean([whole for _, _, whole in draws]) < 0.32
-    pairs = [pair for one, other, _ in draws for pair in zip(one, other, strict=True)]
+    pairs = [pair for first, other, _ in draws for pair in zip(first, other, strict=True)]
     assert all(first[0] == second[0] and first != second for first, second in pairs)
-    assert {clip for pair in pairs for clip in pair} == set(trainer.train)
-    assert not {prompt for prompt, _ in trainer.train} & {prompt for prompt, _ in trainer.held_out}
-    assert trainer.draw(3) == trainer.draw(3)
+    assert {clip for pair in pairs for clip in pair} == set(one.train)
+    assert not {prompt for prompt, _ in one.train} & {prompt for prompt, _ in one.held_out}
+    assert one.draw(3) == one.draw(3)
 
 
-def test_values_come_back_on_the_teachers_scale(filled: Store, backbone: WanBackbone) -> None:
+def test_values_come_back_on_the_teachers_scale(filled: Store, backbone: WanBackbone, tmp_path: Path) -> None:
     reward, labels = PatchReward.from_video(video_reward(backbone), GRID), labels_of(filled)
     labels = replace(labels, values={clip: 10 + 5 * value for clip, value in labels.values.items()})
-    trainer = PatchTrainer(reward, filled, labels, SETTINGS)
+    one = trainer(reward, filled, labels, tmp_path)
     before = judge_blocks(filled, filled.samples()[:2], reward, "x")
-    trainer.rescale()
+    one.rescale()
     after = judge_blocks(filled, filled.samples()[:2], reward, "x")
-    known = np.concatenate([labels.values[clip].ravel() for clip in trainer.train])
+    known = np.concatenate([labels.values[clip].ravel() for clip in one.train])
     for clip, value in before.values.items():
         assert after.values[clip] == pytest.approx(known.mean() + known.std() * value, rel=1e-4)
 
@@ -189,12 +219,12 @@ def test_both_programs(filled: Store, backbone: WanBackbone, tmp_path: Path) -> 
         judge_blocks(filled, filled.samples(), reward, "x")
 
 
-def test_labels_that_teach_nothing(filled: Store, backbone: WanBackbone) -> None:
+def test_labels_that_teach_nothing(filled: Store, backbone: WanBackbone, tmp_path: Path) -> None:
     reward, labels = PatchReward.from_video(video_reward(backbone), GRID), labels_of(filled)
     flat = replace(labels, values={clip: np.ones_like(value) for clip, value in labels.values.items()})
     with pytest.raises(DataError, match="nothing to learn"):
-        PatchTrainer(reward, filled, flat, SETTINGS)
+        trainer(reward, filled, flat, tmp_path)
     lonely = replace(labels, values={clip: value for clip, value in labels.values.items() if clip[1] == 0})
     with pytest.raises(DataError, match="two labelled clips"):
-        PatchTrainer(reward, filled, lonely, SETTINGS)
+        trainer(reward, filled, lonely, tmp_path)
     assert split_clips(labels, 0.0, 0)[1] == []

@@ -21,7 +21,9 @@ NAMES = (
     "best_of_n_sampler",
     "collect_preferences",
     "guided_miniature",
+    "judge_video",
     "miniature",
+    "patch_heat_map",
     "score_video",
     "video_reward",
     "wan_aligned_lora",
@@ -237,8 +239,7 @@ def test_thumbnail(name: str) -> None:
 def test_every_node_of_ours_that_needs_no_other_pack_is_shown() -> None:
     used = {node["type"] for name in NAMES for node in load(name)["nodes"]}
     bridges = {"SpatialAlignTracksFromMasks", "SpatialAlignTracksFromBoxes", "SpatialAlignDrawTracks"}
-    judges = {"SpatialAlignLoadVLM", "SpatialAlignVLMJudge"}  # their models are large, and of anyone's choice
-    assert set(OURS) - used == bridges | judges
+    assert set(OURS) - used == bridges
 
 
 def _node(ui: Graph, kind: str) -> Graph:

@@ -1,4 +1,4 @@
-"""What a latent reward is trained with: losses of labels that may be missing (NaN), and the monitors; on tensors."""
+"""What rewards learn labels with: losses of labels that may be missing (NaN), and the monitors; on tensors."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def regression(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def preference(one: Tensor, other: Tensor, difference: Tensor, margin: float, sharpness: float = 1.0) -> Tensor:
-    """Bradley-Terry loss of utilities ``(n,)``: ``-log sigmoid(sharpness (winner - loser))``, mean over decided pairs.
+    """Bradley-Terry loss of utilities: ``-log sigmoid(sharpness (winner - loser))``, mean over decided pairs.
 
-    ``difference (n,)`` is the label of ``one`` less that of ``other``; a pair is decided where it is known and larger
-    than ``margin`` either way. 0, with a gradient of 0, where no pair is.
+    ``difference`` is the label of ``one`` less that of ``other``; a pair is decided where it is known and larger
+    than ``margin`` either way. 0, with a gradient of 0, where no pair is. Any one shape.
     """
     decided = difference.abs() > margin  # false for NaN
     logit = torch.where(decided, sharpness * difference.nan_to_num().sign() * (one - other), 0.0)
