@@ -13,7 +13,7 @@ from ..spatialalign.blocks import BlockGrid, crops, frame_slices
 from ..spatialalign.errors import ConfigError, DataError, SpatialAlignError
 from . import host
 from .grounded_sam import MINIATURE
-from .guiding import unpadded
+from .guiding import make_ready, unpadded
 from .rewards import latent_space
 from .sockets import PATCH_REWARD_SOCKET, VLM_SOCKET, to_image, to_uint8
 from .values import Values, figure, joined, json_text, shown, values_input, values_output
@@ -270,8 +270,9 @@ def _by_reward(
     check_fits(reward.network, space.name)
     clip, text = _clip(latent, space), _text(positive, reward.network.trunk.config.text_dim)
     host.check_interrupt()
-    host.load([reward.patcher], reward.memory(clip))
-    scores: np.ndarray = reward.network(clip, [text]).blocks[0].cpu().numpy()
+    device = host.load([reward.patcher], reward.memory(clip))
+    make_ready(reward.network, device)
+    scores: np.ndarray = reward.network(clip.to(device), [text.to(device)]).blocks[0].cpu().numpy()
     return scores, clip.shape[2]
 
 

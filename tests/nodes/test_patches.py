@@ -166,6 +166,15 @@ def test_a_patch_reward_is_drawn_as_by_the_engine(heat: Run, reward: Any, clip: 
     assert fake_host.shown == {"4": answer.ui["text"][0]}
 
 
+def test_clip_and_text_follow_the_weights_to_the_device(
+    heat: Run, reward: Any, clip: Any, module: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network runs whole on the device "meta"; only its answer cannot be brought back from there."""
+    monkeypatch.setattr(module("host"), "load", lambda patchers, memory=0: torch.device("meta"))
+    with pytest.raises(NotImplementedError, match="[Cc]annot copy out of meta"):
+        heat(patch_reward=reward, **clip.inputs, worst=0.0, best=0.0)
+
+
 def test_what_it_needs_beside_the_weights_grows_with_the_clip(reward: Any) -> None:
     """Miniature: inner width 512, outer 128; a token has 2 x 2 latents."""
     assert reward.network.trunk.config.ffn_dim == 512
