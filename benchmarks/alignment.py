@@ -55,7 +55,7 @@ class Alignment:
     """Pairs in a step."""
     beta: float = 500.0
     """Of both Flow-DPO arms."""
-    lr: float = 3e-4
+    lr: float = 5e-4
     """Peak learning rate."""
     margin: float = 1.0
     """Least difference between winner and loser, in standard deviations within a prompt."""
