@@ -126,7 +126,8 @@ def write_base(folder: Path, seed: int = 0) -> Path:
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "vocab_size": len(words) + 8,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+            "rope_theta": 1e4,  # in the form of before transformers 5, which it still reads
+            "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
             "initializer_range": 0.1,
             "bos_token_id": 0,
             "eos_token_id": 0,

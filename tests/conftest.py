@@ -208,7 +208,8 @@ def tiny_vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = "<pad> <s> </s> <unk> <image> yes no maybe left right".split()
     tokens = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    special: dict[str, Any] = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    special["model_input_names"] = ["input_ids", "attention_mask"]
     processor = LlavaProcessor(
         CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
         PreTrainedTokenizerFast(tokenizer_object=tokens, extra_special_tokens={"image_token": "<image>"}, **special),

@@ -27,7 +27,12 @@ def tiny_processor(side: int) -> Any:
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokens, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=8
+        tokenizer_object=tokens,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=8,
+        model_input_names=["input_ids", "attention_mask"],
     )
     return CLIPProcessor(
         CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}), tokenizer

@@ -157,7 +157,9 @@ def tokenizer() -> Any:
     tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokens.decoder = decoders.ByteLevel()
     tokens.add_special_tokens(list(SPECIAL))
-    return PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<|endoftext|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokens, pad_token="<|endoftext|>", model_input_names=["input_ids", "attention_mask"]
+    )
 
 
 def base_config() -> dict[str, Any]:

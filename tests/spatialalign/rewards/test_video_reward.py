@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -216,8 +217,8 @@ def by_hand(reward: LearnedVideoReward, positions: Callable[[Any], Tensor]) -> n
     model = network.backbone.model
     with torch.inference_mode():
         words = model.language_model.embed_tokens(batch.ids)
-        seen = model.visual(batch.patches, grid_thw=batch.grid).pooler_output
-        words[batch.ids == 262] = seen
+        seen = model.visual(batch.patches, grid_thw=batch.grid)
+        words[batch.ids == 262] = seen if isinstance(seen, Tensor) else seen.pooler_output  # transformers 4 and 5
         hidden = model.language_model(inputs_embeds=words, position_ids=positions(batch)).last_hidden_state[0]
     row = batch.ids[0].tolist()
     read = hidden[[row.index(mark) for mark in (263, 264, 265)]]
@@ -240,8 +241,11 @@ def test_positions_in_the_picture_would_score_otherwise(video_reward_folder: Wri
     reward = load(video_reward_folder())
 
     def placed(batch: Any) -> Tensor:
-        kinds = (batch.ids == 262).int() * 2
-        found: Tensor = reward.network.backbone.model.get_rope_index(batch.ids, kinds, video_grid_thw=batch.grid)[0]
+        model = reward.network.backbone.model
+        # transformers 5 asks for the kinds of the tokens, 4 for the grid of pictures, of which there are none
+        newer = "mm_token_type_ids" in signature(model.get_rope_index).parameters
+        kinds = (batch.ids == 262).int() * 2 if newer else None
+        found: Tensor = model.get_rope_index(batch.ids, kinds, video_grid_thw=batch.grid)[0]
         return found
 
     expected = by_hand(reward, placed)
