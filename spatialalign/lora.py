@@ -347,11 +347,11 @@ def write_pairs(
         original[f"diffusion_model.{name}.lora_B.weight"] = pair.up.contiguous()
     with atomic_path(comfy) as temporary:
         save_file(original, temporary, metadata=common)
+    # diffusers would otherwise give every module the first rank; its older versions want the patterns, if only empty
+    by_module = {module: pair.down.shape[0] for module, pair in sorted(pairs.items())} if len(ranks) > 1 else {}
     peft_config: dict[str, Any] = {"transformer.r": ranks[0], "transformer.lora_alpha": ranks[0]}
     peft_config |= {"transformer.target_modules": sorted(pairs)}
-    if len(ranks) > 1:  # diffusers would otherwise give every module the first rank
-        by_module = {module: pair.down.shape[0] for module, pair in sorted(pairs.items())}
-        peft_config |= {"transformer.rank_pattern": by_module, "transformer.alpha_pattern": by_module}
+    peft_config |= {"transformer.rank_pattern": by_module, "transformer.alpha_pattern": by_module}
     with atomic_path(diffusers) as temporary:
         save_file(
             _diffusers_tensors(pairs, "transformer."),
