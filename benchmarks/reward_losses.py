@@ -47,7 +47,7 @@ class RewardLosses:
     """Groups of four clips, hence six pairs, to train on."""
     held_out: int = 100
     """Groups to compare on."""
-    steps: int = 800
+    steps: int = 1600
     """Optimiser steps of 16 pairs."""
     lr: float = 1.5e-3
     """Learning rate."""
