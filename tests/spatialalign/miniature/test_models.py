@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from spatialalign.files import read_json
 from spatialalign.miniature import DETECTOR, FRAMES, SEGMENTER, WAN, WEIGHTS
 from spatialalign.miniature.world import Clip, prompts
 from spatialalign.tracking.load import load_tracker
@@ -68,6 +69,11 @@ def test_every_folder_loads_with_the_plain_library_classes(miniature_weights: ob
     assert video.shape == (1, FRAMES, 64, 64, 3) and np.isfinite(video).all()
     GroundingDinoForObjectDetection.from_pretrained(DETECTOR)
     SamModel.from_pretrained(SEGMENTER)
+
+
+def test_tokenizers_are_of_classes_that_transformers_4_knows_too(miniature_weights: object) -> None:
+    found = {path.parent.name: read_json(path)["tokenizer_class"] for path in WEIGHTS.rglob("tokenizer_config.json")}
+    assert found == {"tokenizer": "PreTrainedTokenizerFast", "detector": "BertTokenizer"}
 
 
 def test_the_weights_are_small(miniature_weights: object) -> None:
