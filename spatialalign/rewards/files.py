@@ -38,14 +38,14 @@ class RewardFile:
     def write(
         self, path: str | Path, reward: nn.Module, content: Mapping[str, Any], dtype: torch.dtype = torch.float16
     ) -> None:
-        """Write a reward atomically: its ``trunk`` in ``dtype``, the rest in float32, ``content`` in the header.
+        """Write a reward atomically: matrices in ``dtype``, vectors in float32, ``content`` in the header.
 
         ``content`` is JSON values and has a dictionary ``info`` with ``base_model`` and ``license``.
         """
         from safetensors.torch import save_file
 
         tensors = {
-            name: tensor.detach().to("cpu", dtype if name.startswith("trunk.") else torch.float32).contiguous()
+            name: tensor.detach().to("cpu", dtype if tensor.ndim > 1 else torch.float32).contiguous()
             for name, tensor in reward.state_dict().items()
         }
         info = content["info"]

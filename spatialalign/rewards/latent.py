@@ -138,7 +138,7 @@ def check_fits(reward: LatentReward, latent_space: str, text_dim: int) -> None:
 
 
 def save_reward(path: str | Path, reward: LatentReward, dtype: torch.dtype = torch.float16) -> None:
-    """Write a reward atomically: the trunk in ``dtype``, the head in float32, the rest in the header."""
+    """Write a reward atomically: matrices in ``dtype``, vectors in float32, the rest in the header."""
     content = {
         "info": asdict(reward.info),
         "dimensions": reward.dimensions,

@@ -120,7 +120,7 @@ def check_fits(reward: PatchReward, latent_space: str) -> None:
 
 
 def save_patch_reward(path: str | Path, reward: PatchReward, dtype: torch.dtype = torch.float16) -> None:
-    """Write a patch reward atomically: the trunk in ``dtype``, the head in float32, the rest in the header."""
+    """Write a patch reward atomically: matrices in ``dtype``, vectors in float32, the rest in the header."""
     content = {
         "info": asdict(reward.info),
         "grid": str(reward.grid),
