@@ -82,10 +82,10 @@ def build(folder: Path, work: Path, seed: int = 2, steps: int = 8000, batch: int
     config.pop("_name_or_path", None)
     (folder / "vae/config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     # the class's name of transformers 5 is unknown to 4, which would also add a row that the encoder does not take
-    words = folder / "tokenizer/tokenizer_config.json"
+    file = folder / "tokenizer/tokenizer_config.json"
     named = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
-    config = json.loads(words.read_text(encoding="utf-8")) | named
-    words.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    config = json.loads(file.read_text(encoding="utf-8")) | named
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     settings = {"frames": FRAMES, "height": HEIGHT, "width": WIDTH, "fps": FPS, "steps": 16, "guidance": 1.0,
                 "shift": SHIFT, "negative_prompt": ""}  # fmt: skip
     (folder / "spatialalign.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
