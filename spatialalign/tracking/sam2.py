@@ -95,7 +95,7 @@ class Sam2VideoPropagator:
             for done, output in enumerate(self._walk(session, seed_frame, boxes, (height, width)), encoded + 1):
                 logits = F.interpolate(output.pred_masks.float(), (height, width), mode="bilinear", align_corners=False)
                 masks[output.frame_idx] = (logits[:, 0] > 0).cpu().numpy()
-                scores[output.frame_idx] = output.object_score_logits.float().sigmoid().reshape(2).cpu().numpy()
+                scores[output.frame_idx] = _presence(session, output.frame_idx, seed_frame).cpu().numpy()
                 if progress is not None:
                     progress(done, steps)
         finally:
@@ -141,12 +141,16 @@ class Sam2VideoPropagator:
         positions: list[torch.Tensor] | None = None
         for start in range(0, len(frames), self.batch):
             pixels = self.preprocess(frames[start : start + self.batch], parameter.device, parameter.dtype)
-            features = self.model.get_image_features(pixels, return_dict=True)
+            found = self.model.get_image_features(pixels)
+            # transformers 4 gives a tuple
+            features, places = (
+                found[:2] if isinstance(found, tuple) else (found.fpn_hidden_states, found.fpn_position_encoding)
+            )
             if positions is None:
                 # Constant over frames, and five times the size of the features: kept once, shared by all.
-                positions = [level[:, :1].clone() for level in features.fpn_position_encoding]
+                positions = [level[:, :1].clone() for level in places]
             for i in range(len(pixels)):
-                own = [level[:, i : i + 1] for level in features.fpn_hidden_states]
+                own = [level[:, i : i + 1] for level in features]
                 session.cache.cache_vision_features(start + i, {"vision_feats": own, "vision_pos_embeds": positions})
             yield start + len(pixels)
 
@@ -160,3 +164,9 @@ class Sam2VideoPropagator:
             labels = torch.tensor([[[_TOP_LEFT, _BOTTOM_RIGHT]]], dtype=torch.int32)
             session.add_point_inputs(index, seed, {"point_coords": corners, "point_labels": labels})
         session.obj_with_new_inputs = [0, 1]
+
+
+def _presence(session: Any, frame: int, seed: int) -> torch.Tensor:
+    """The probability ``(2,)`` that each thing is in a frame; the outputs of transformers 4 do not carry it."""
+    logits = [session.get_output(thing, frame, "object_score_logits", frame == seed) for thing in (0, 1)]
+    return torch.cat(logits).float().sigmoid().reshape(2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from spatialalign.errors import ModelError, TracksError
 from spatialalign.tracking.sam2 import Sam2VideoPropagator
 
 BOXES = np.array([[4.0, 22, 14, 32], [30, 20, 46, 36]])
+SEED = 4
+"""Of random weights whose masks are neither empty nor full."""
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,8 @@ def model() -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # The default initialisation is so small that every mask would be empty or full.
-            parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.ndim > 1 else 0.1))
+            own = torch.Generator().manual_seed(crc32(name.encode()) + SEED)  # the order of names differs by version
+            parameter.copy_(torch.randn(parameter.shape, generator=own) * (0.3 if parameter.ndim > 1 else 0.1))
             if "norm" in name and name.endswith("weight"):
                 parameter.fill_(1.0)
         model.mask_decoder.pred_obj_score_head.proj_out.bias.fill_(2.0)
@@ -105,23 +109,29 @@ def test_every_frame_is_covered_and_backward_may_start_afresh(model: Any, clip: 
 
 def test_session_equals_the_librarys_own_processor(model: Any, clip: np.ndarray) -> None:
     pytest.importorskip("torchvision")
-    from transformers import Sam2ImageProcessor, Sam2VideoProcessor, Sam2VideoVideoProcessor
+    import transformers
+    from transformers import Sam2VideoProcessor, Sam2VideoVideoProcessor
 
+    newer = transformers.__version__ >= "5"
+    images = transformers.Sam2ImageProcessor if newer else transformers.Sam2ImageProcessorFast
     size = {"height": 64, "width": 64}
-    processor = Sam2VideoProcessor(Sam2ImageProcessor(size=size), Sam2VideoVideoProcessor(size=size))
+    processor = Sam2VideoProcessor(images(size=size), Sam2VideoVideoProcessor(size=size))
     session = processor.init_video_session(video=list(clip), dtype=torch.float32)
     processor.add_inputs_to_inference_session(session, 1, [0, 1], input_boxes=[BOXES.tolist()])
     masks, scores = {}, {}
     with torch.inference_mode():
         for output in model.propagate_in_video_iterator(session, start_frame_idx=1):
             found = processor.post_process_masks([output.pred_masks], [[48, 64]], binarize=True)[0]
-            masks[output.frame_idx], scores[output.frame_idx] = found[:, 0].numpy(), output.object_score_logits
+            masks[output.frame_idx] = found[:, 0].numpy()
+            if newer:  # before, the outputs did not carry them
+                scores[output.frame_idx] = output.object_score_logits
     ours = Sam2VideoPropagator.for_model(model, batch=1).propagate(clip, 1, BOXES)
     assert sorted(masks) == [1, 2, 3, 4]
     for i, mask in masks.items():
         # The backends' resizes may differ by one grey level.
         assert (mask == ours.masks[i]).mean() > 0.99
-        np.testing.assert_allclose(scores[i].sigmoid().reshape(2).numpy(), ours.scores[i], atol=0.01)
+        if newer:
+            np.testing.assert_allclose(scores[i].sigmoid().reshape(2).numpy(), ours.scores[i], atol=0.01)
 
 
 def test_prompts_are_scaled_to_the_models_square(model: Any, clip: np.ndarray) -> None:
