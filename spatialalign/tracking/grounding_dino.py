@@ -96,7 +96,9 @@ class GroundingDinoDetector:
         encoded = self.tokenizer([text] * len(pixels), return_tensors="pt", return_token_type_ids=True)
         encoded = {key: value.to(pixels.device) for key, value in encoded.items()}
         mask = torch.ones(pixels.shape[0], *pixels.shape[-2:], dtype=torch.long, device=pixels.device)
-        output = self.model(pixel_values=pixels, pixel_mask=mask, **encoded)
+        # transformers 4 computes positions of words in float32, which its own half-precision layers would refuse
+        with torch.autocast(pixels.device.type, pixels.dtype, enabled=pixels.dtype != torch.float32):
+            output = self.model(pixel_values=pixels, pixel_mask=mask, **encoded)
         return output.logits, output.pred_boxes, encoded["input_ids"][0].tolist()
 
 
