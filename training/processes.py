@@ -197,8 +197,8 @@ def launched(backend: str = "gloo") -> Iterator[Processes]:
             "the newest checkpoint is unharmed: run the same command again to continue"
         ) from error
     finally:
-        _part(store, rank, size)
         dist.destroy_process_group()
+        _part(store, rank, size)
 
 
 def _part(store: Store, rank: int, size: int) -> None:
